@@ -1,0 +1,119 @@
+"""himoe: sparse Mixture-of-Experts for PyTorch.
+
+The public names are imported on first use, so that `import himoe` and the command line answer at once.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "MoE": "himoe.nn",
+    "MoEAdapter": "himoe.nn",
+    "Router": "himoe.nn",
+    "Gate": "himoe.nn",
+    "SwiGLUExperts": "himoe.nn",
+    "GELUExperts": "himoe.nn",
+    "Dropless": "himoe.nn",
+    "Capacity": "himoe.nn",
+    "aux_losses": "himoe.nn",
+    "observe": "himoe.nn",
+    "step": "himoe.nn",
+    "collect_routings": "himoe.nn",
+    "moe_layers": "himoe.nn",
+    "Balancer": "himoe.balance",
+    "Chain": "himoe.balance",
+    "Schedule": "himoe.balance",
+    "DualAscent": "himoe.balance",
+    "LogitCorrection": "himoe.balance",
+    "LossFree": "himoe.balance",
+    "Switch": "himoe.balance",
+    "TwoLevelTerms": "himoe.balance",
+    "ZLoss": "himoe.balance",
+    "Routing": "himoe.types",
+    "RouterContext": "himoe.types",
+    "Groups": "himoe.functional.groups",
+    "DecoderLM": "himoe.models",
+    "parameter_counts": "himoe.models",
+    "HimoeError": "himoe.errors",
+    "HimoeWarning": "himoe.errors",
+}
+
+if TYPE_CHECKING:
+    from himoe.balance import (
+        Balancer,
+        Chain,
+        DualAscent,
+        LogitCorrection,
+        LossFree,
+        Schedule,
+        Switch,
+        TwoLevelTerms,
+        ZLoss,
+    )
+    from himoe.errors import HimoeError, HimoeWarning
+    from himoe.functional.groups import Groups
+    from himoe.models import DecoderLM, parameter_counts
+    from himoe.nn import (
+        Capacity,
+        Dropless,
+        Gate,
+        GELUExperts,
+        MoE,
+        MoEAdapter,
+        Router,
+        SwiGLUExperts,
+        aux_losses,
+        collect_routings,
+        moe_layers,
+        observe,
+        step,
+    )
+    from himoe.types import RouterContext, Routing
+
+__all__ = [
+    "Balancer",
+    "Capacity",
+    "Chain",
+    "DecoderLM",
+    "Dropless",
+    "DualAscent",
+    "GELUExperts",
+    "Gate",
+    "Groups",
+    "HimoeError",
+    "HimoeWarning",
+    "LogitCorrection",
+    "LossFree",
+    "MoE",
+    "MoEAdapter",
+    "Router",
+    "RouterContext",
+    "Routing",
+    "Schedule",
+    "SwiGLUExperts",
+    "Switch",
+    "TwoLevelTerms",
+    "ZLoss",
+    "__version__",
+    "aux_losses",
+    "collect_routings",
+    "moe_layers",
+    "observe",
+    "parameter_counts",
+    "presets",
+    "step",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "presets":
+        return importlib.import_module("himoe.presets")
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'himoe' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,40 @@
+"""Every error a user can meet, as one family.
+
+A message says where, what was given, what is allowed and what to do. The command line prints it as one line and exits
+with status 2; a traceback appears only with `--debug`. Faults of our own (broken invariants) stay `AssertionError`.
+"""
+
+
+class HimoeError(Exception):
+    """Base of all errors that a user can cause and mend."""
+
+
+class ConfigError(HimoeError):
+    """A configuration or an argument that cannot work: unknown key, wrong type, impossible combination."""
+
+
+class GuardError(ConfigError):
+    """A combination known to fail in training, refused unless forced."""
+
+
+class DataError(HimoeError):
+    """Input text or a token file that cannot be used."""
+
+
+class RunFolderError(HimoeError):
+    """A run folder that exists already, is missing, or lacks a file."""
+
+
+class CheckpointError(HimoeError):
+    """A checkpoint that is damaged, foreign, or does not fit the model."""
+
+
+class MissingExtraError(HimoeError):
+    """An optional dependency that is not installed; names the extra that brings it."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed; install it with: pip install 'himoe[{extra}]'")
+
+
+class HimoeWarning(UserWarning):
+    """Something that runs but is likely not what was meant; names the numbers."""

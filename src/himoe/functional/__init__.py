@@ -1,0 +1,1 @@
+"""Pure tensor mathematics: scores, selection, losses, dispatch, statistics, and the reference they are tested with."""

@@ -1,0 +1,100 @@
+"""Which experts form which group, and the two sums that every group formula needs.
+
+Equal contiguous groups, group(e) = e // S, are the default and are summed by a reshape. An explicit list of groups may
+be unequal and in any order (Hi-MoE, arXiv 2605.08292, section 3 allows both); its sums go through one index.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from himoe.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A partition of E experts into G groups.
+
+    Args:
+        members: one tuple of expert ids per group; together they hold 0 … E-1 exactly once.
+
+    >>> Groups.equal(8, 4).members
+    ((0, 1), (2, 3), (4, 5), (6, 7))
+    """
+
+    members: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "members", tuple(tuple(int(e) for e in group) for group in self.members))
+        ids = sorted(e for group in self.members for e in group)
+        if not ids or ids != list(range(len(ids))) or not all(self.members):
+            raise ConfigError(
+                f"groups = {self.members}: every expert 0 … E-1 must stand in exactly one group, and no group be empty"
+            )
+
+    @classmethod
+    def equal(cls, num_experts: int, num_groups: int) -> "Groups":
+        """Return contiguous groups of S = E/G experts; raises `ConfigError` when G does not divide E."""
+        if num_groups < 1 or num_experts % num_groups:
+            raise ConfigError(f"num_groups = {num_groups} must divide num_experts = {num_experts}")
+        size = num_experts // num_groups
+        return cls(tuple(tuple(range(g * size, (g + 1) * size)) for g in range(num_groups)))
+
+    @classmethod
+    def of(cls, groups: "Groups | int | list[list[int]]", num_experts: int) -> "Groups":
+        """Return `groups` itself, G equal groups for a number, or the groups of an explicit list; checks E."""
+        if isinstance(groups, int):
+            return cls.equal(num_experts, groups)
+        result = groups if isinstance(groups, cls) else cls(tuple(tuple(g) for g in groups))  # type: ignore[arg-type]
+        if result.num_experts != num_experts:
+            raise ConfigError(f"groups name {result.num_experts} experts, the layer has num_experts = {num_experts}")
+        return result
+
+    @property
+    def num_groups(self) -> int:
+        """G."""
+        return len(self.members)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Experts per group, S_g."""
+        return tuple(len(group) for group in self.members)
+
+    @cached_property
+    def num_experts(self) -> int:
+        """E."""
+        return sum(self.sizes)
+
+    @cached_property
+    def is_equal(self) -> bool:
+        """True for contiguous groups of one size: the fast path."""
+        return self.num_experts % self.num_groups == 0 and self == Groups.equal(self.num_experts, self.num_groups)
+
+    @cached_property
+    def group_of(self) -> tuple[int, ...]:
+        """The group of every expert, E numbers."""
+        of = {e: g for g, group in enumerate(self.members) for e in group}
+        return tuple(of[e] for e in range(self.num_experts))
+
+    def sum(self, values: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch G"]:
+        """Add up the values of each group."""
+        if self.is_equal:
+            return values.unflatten(-1, (self.num_groups, -1)).sum(-1)
+        index = torch.tensor(self.group_of, device=values.device)
+        zeros = values.new_zeros(*values.shape[:-1], self.num_groups)
+        return zeros.index_add(-1, index, values)
+
+    def log_sum(self, log_values: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch G"]:
+        """Return the logarithm of each group's sum, from logarithms: finite where the sum itself underflows."""
+        if self.is_equal:
+            return log_values.unflatten(-1, (self.num_groups, -1)).logsumexp(-1)
+        return torch.stack([log_values[..., list(members)].logsumexp(-1) for members in self.members], dim=-1)
+
+    def expand(self, values: Float[Tensor, "*batch G"]) -> Float[Tensor, "*batch E"]:
+        """Give every expert the value of its group."""
+        if self.is_equal:
+            return values.repeat_interleave(self.num_experts // self.num_groups, dim=-1)
+        return values[..., torch.tensor(self.group_of, device=values.device)]

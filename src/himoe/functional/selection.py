@@ -1,0 +1,52 @@
+"""Selectors: `scores → (expert_ids, selected)`, plain functions of the scores one token has.
+
+`selected` marks the places that hold a choice; the selectors here always fill all K. Ties go whichever way `topk`
+breaks them: do not rely on it, and save the routing wherever it could be computed twice.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from himoe.functional.groups import Groups
+from himoe.types import RouterContext
+
+Selection = tuple[Int[Tensor, "T K"], Bool[Tensor, "T K"]]
+
+
+def top_k(scores: Float[Tensor, "T E"], context: RouterContext, *, k: int) -> Selection:  # noqa: ARG001
+    """The k experts of highest score, best first."""
+    expert_ids = scores.topk(k, dim=-1).indices
+    return expert_ids, torch.ones_like(expert_ids, dtype=torch.bool)
+
+
+def top_k_per_group(
+    scores: Float[Tensor, "T E"],
+    context: RouterContext,  # noqa: ARG001
+    *,
+    groups: Groups,
+    k: int | tuple[int, ...],
+) -> Selection:
+    """The k' best experts inside every group, group after group, best first in each (MoGE, arXiv 2505.21411).
+
+    Every group gets exactly T·k' pairs, hence so does every device that holds a group.
+
+    Args:
+        scores: (T, E).
+        context: unused.
+        groups: the partition of the E experts.
+        k: k' for all groups, or one number per group. K is their sum.
+    """
+    per_group = (k,) * groups.num_groups if isinstance(k, int) else k
+    if groups.is_equal and len(set(per_group)) == 1:
+        size = groups.num_experts // groups.num_groups
+        best = scores.unflatten(-1, (groups.num_groups, size)).topk(per_group[0], dim=-1).indices
+        first = torch.arange(0, groups.num_experts, size, device=scores.device)
+        expert_ids = (best + first[:, None]).flatten(-2)
+    else:
+        chosen = []
+        for members, k_g in zip(groups.members, per_group, strict=True):
+            ids = torch.tensor(members, device=scores.device)
+            chosen.append(ids[scores[:, ids].topk(k_g, dim=-1).indices])
+        expert_ids = torch.cat(chosen, dim=-1)
+    return expert_ids, torch.ones_like(expert_ids, dtype=torch.bool)

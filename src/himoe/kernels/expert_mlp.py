@@ -1,0 +1,146 @@
+"""One function for the expert MLP: y_t = Σ_k weight·down_e(act(up_e(x_t))), with interchangeable backends.
+
+Backward keeps x and the up projection's output, nothing else of size T·K: the routing weight is folded into the
+activation, so the down projection's output is never needed again, and the activation is computed a second time.
+Forward and backward are registered operators with shape rules, so the layer compiles as one graph, exports, and runs
+on the meta device in every dtype.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from himoe.errors import ConfigError
+from himoe.functional.dispatch import SortedPairs, sort_by_expert
+from himoe.kernels import grouped, loop
+from himoe.kernels.activation import HIDDEN_PER_UNIT
+
+BACKENDS = {"loop": loop, "grouped": grouped}
+
+
+def expert_mlp(
+    x: Float[Tensor, "T D"],
+    expert_ids: Int[Tensor, "T K"],
+    weights: Float[Tensor, "T K"],
+    kept: Bool[Tensor, "T K"],
+    up_proj: Float[Tensor, "E H D"],
+    down_proj: Float[Tensor, "E D F"],
+    *,
+    activation: str = "swiglu",
+    backend: str = "auto",
+) -> Float[Tensor, "T D"]:
+    """Send every kept pair through its expert and add the weighted results per token.
+
+    Args:
+        x: (T, D) tokens. Under autocast, x and the projections are cast to the autocast dtype.
+        expert_ids: (T, K), each in 0 … E-1.
+        weights: (T, K) combine weights, any floating dtype.
+        kept: (T, K); other pairs contribute nothing, get no gradient and cost no product.
+        up_proj: (E, H, D), H = 2F for swiglu (gate first, then value), F for gelu.
+        down_proj: (E, D, F).
+        activation: `swiglu` or `gelu`.
+        backend: `loop`, `grouped`, or `auto`: grouped on a GPU where it can, loop elsewhere.
+
+    Raises:
+        ConfigError: an unknown backend, or projections that do not fit x or the activation.
+    """
+    _check_shapes(x, up_proj, down_proj, activation)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, up_proj, down_proj = x.to(dtype), up_proj.to(dtype), down_proj.to(dtype)
+    chosen = choose_backend(backend, x, up_proj, down_proj)
+    rows = sort_by_expert(expert_ids, kept, up_proj.shape[0])
+    y, _ = _expert_mlp(x.contiguous(), weights.contiguous(), *rows, up_proj, down_proj, activation, chosen)
+    return y
+
+
+def choose_backend(backend: str, x: Tensor, up_proj: Tensor, down_proj: Tensor) -> str:
+    """Return the backend that will run: `grouped` falls back to `loop` where grouped_mm cannot take the shapes."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ConfigError(f"backend = {backend!r}: must be auto, {', '.join(BACKENDS)}")
+    wants_grouped = backend == "grouped" or (backend == "auto" and x.device.type != "cpu")
+    return "grouped" if wants_grouped and grouped.supports(x, up_proj, down_proj) else "loop"
+
+
+def _check_shapes(x: Tensor, up_proj: Tensor, down_proj: Tensor, activation: str) -> None:
+    if activation not in HIDDEN_PER_UNIT:
+        raise ConfigError(f"activation = {activation!r}: must be {' or '.join(HIDDEN_PER_UNIT)}")
+    num_experts, width, units = down_proj.shape
+    expected = (num_experts, HIDDEN_PER_UNIT[activation] * units, width)
+    if up_proj.shape != expected or x.shape[-1] != width:
+        raise ConfigError(
+            f"expert_mlp: x {tuple(x.shape)}, up_proj {tuple(up_proj.shape)} and down_proj {tuple(down_proj.shape)} "
+            f"do not fit; with this down_proj, {activation} needs x (T, {width}) and up_proj {expected}"
+        )
+
+
+@torch.library.custom_op("himoe::expert_mlp", mutates_args=())
+def _expert_mlp(
+    x: Tensor,
+    weights: Tensor,
+    pair_of_row: Tensor,
+    row_of_pair: Tensor,
+    offsets: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    activation: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    rows = SortedPairs(pair_of_row, row_of_pair, offsets)
+    with torch.autocast(x.device.type, enabled=False):
+        return BACKENDS[backend].forward(x, weights, rows, up_proj, down_proj, activation)
+
+
+@_expert_mlp.register_fake
+def _(x: Tensor, _weights: Tensor, pair_of_row: Tensor, _row_of_pair: Tensor, _offsets: Tensor, up_proj: Tensor, *_):
+    return torch.empty_like(x), x.new_empty(pair_of_row.shape[0], up_proj.shape[1])
+
+
+@torch.library.custom_op("himoe::expert_mlp_backward", mutates_args=())
+def _expert_mlp_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    hidden: Tensor,
+    pair_of_row: Tensor,
+    row_of_pair: Tensor,
+    offsets: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    activation: str,
+    backend: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Return the gradients that are needed, in the order x, weights, up_proj, down_proj."""
+    rows = SortedPairs(pair_of_row, row_of_pair, offsets)
+    need_x, need_weights, need_up, need_down = needs
+    grads = BACKENDS[backend].backward(
+        grad, x, weights, hidden, rows, up_proj, down_proj, activation, (need_x, need_weights, need_up, need_down)
+    )
+    return [g for g in grads if g is not None]
+
+
+@_expert_mlp_backward.register_fake
+def _(*arguments):
+    _, x, weights, _, _, _, _, up_proj, down_proj, _, _, needs = arguments
+    inputs = (x, weights, up_proj, down_proj)
+    return [torch.empty_like(t) for t, needed in zip(inputs, needs, strict=True) if needed]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weights, *rows, up_proj, down_proj, ctx.activation, ctx.backend = inputs
+    _, hidden = output
+    ctx.mark_non_differentiable(hidden)
+    ctx.save_for_backward(x, weights, hidden, *rows, up_proj, down_proj)
+
+
+def _backward(ctx, grad: Tensor, _grad_hidden: Tensor | None):
+    need_x, need_weights, _, _, _, need_up, need_down, _, _ = ctx.needs_input_grad
+    needs = [need_x, need_weights, need_up, need_down]
+    saved = ctx.saved_tensors
+    grads = iter(_expert_mlp_backward(grad.contiguous(), *saved, ctx.activation, ctx.backend, needs))
+    d_x, d_weights, d_up, d_down = (next(grads) if needed else None for needed in needs)
+    return d_x, d_weights, None, None, None, d_up, d_down, None, None
+
+
+_expert_mlp.register_autograd(_backward, setup_context=_setup_context)

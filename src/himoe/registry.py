@@ -1,0 +1,73 @@
+"""The tables: short name → `"module:Class"`, nothing imported until it is used.
+
+Every strategy is one line here, one file, one test. Wherever a name is accepted, so is a reader's own
+`"package.module:Class"`. This file imports no torch, so names can be checked and listed at once.
+"""
+
+import difflib
+import importlib
+from typing import Any
+
+from himoe.errors import ConfigError
+
+BALANCERS = {
+    "logit_correction": "himoe.balance.logit_correction:LogitCorrection",
+    "two_level": "himoe.balance.two_level:TwoLevelTerms",
+    "switch": "himoe.balance.switch:Switch",
+    "z_loss": "himoe.balance.z_loss:ZLoss",
+    "loss_free": "himoe.balance.loss_free:LossFree",
+}
+SELECTORS = {
+    "top_k": "himoe.functional.selection:top_k",
+    "top_k_per_group": "himoe.functional.selection:top_k_per_group",
+}
+SCORES = {
+    "softmax": "himoe.functional.scores:softmax",
+    "sigmoid": "himoe.functional.scores:sigmoid",
+}
+EXPERTS = {
+    "swiglu": "himoe.nn.experts:SwiGLUExperts",
+    "gelu": "himoe.nn.experts:GELUExperts",
+}
+PRESETS = {
+    "hi_moe": "himoe.presets.hi_moe:hi_moe",
+    "hi_moe_paper": "himoe.presets.hi_moe:hi_moe_paper",
+    "hi_moe_official": "himoe.presets.hi_moe:hi_moe_official",
+    "moge": "himoe.presets.moge:moge",
+    "switch": "himoe.presets.switch:switch",
+    "loss_free": "himoe.presets.loss_free:loss_free",
+}
+TABLES = {
+    "balancers": BALANCERS,
+    "selectors": SELECTORS,
+    "scores": SCORES,
+    "experts": EXPERTS,
+    "presets": PRESETS,
+}
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Return `"; did you mean 'x'?"` for a near miss, else an empty string."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def check_name(table: str, name: str) -> None:
+    """Raise `ConfigError` unless `name` is in the table or has the form `"package.module:Class"`."""
+    known = list(TABLES[table])
+    if name not in known and ":" not in name:
+        raise ConfigError(f"no entry {name!r} in {table}; known: {', '.join(known)}{nearest(name, known)}")
+
+
+def load(table: str, name: str) -> Any:
+    """Import and return the entry called `name`, from the table or from `"package.module:Class"`.
+
+    >>> load("scores", "softmax").__name__
+    'softmax'
+    """
+    check_name(table, name)
+    module_name, _, attribute = TABLES[table].get(name, name).partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"cannot load {name!r} for {table}: {error}") from error

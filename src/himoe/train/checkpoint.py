@@ -1,0 +1,186 @@
+"""Checkpoints: safetensors and JSON, never pickle; written beside the old ones and renamed into place.
+
+A checkpoint is a folder `step-00000100/` with `model.safetensors` (parameters and buffers, a tied weight once),
+`optimizer.safetensors` (everything else that training needs to go on: optimizer, random generators, statistics) and
+`state.json` (step, times, configuration, size and sha256 of the other two). The folder gets its name only after all
+three files are on the disk, so a process killed at any moment leaves the previous checkpoint as it was.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from himoe.errors import CheckpointError
+from himoe.train.records import sync_folder, write_json
+
+FORMAT = 1
+TEMPORARY = ".tmp-"
+TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One whole checkpoint in memory: the model's tensors, the trainer's, and `state.json`."""
+
+    path: Path
+    model: dict[str, Tensor]
+    trainer: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    *,
+    model: Mapping[str, Tensor],
+    trainer: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    keep: int = 2,
+) -> Path:
+    """Write `folder/step-{step:08}` atomically and delete all but the last `keep`; return its path.
+
+    Raises OSError when the disk is full; nothing but a temporary folder is left then, and that is removed.
+    """
+    target, temporary = folder / f"step-{step:08}", folder / f"{TEMPORARY}step-{step:08}"
+    remove_leftovers(folder)
+    temporary.mkdir(parents=True)
+    try:
+        for name, tensors in zip(TENSOR_FILES, (model, trainer), strict=True):
+            _save_tensors(temporary / name, tensors)
+        files = {name: _fingerprint(temporary / name) for name in TENSOR_FILES}
+        write_json(temporary / "state.json", {"format": FORMAT, "step": step, **state, "files": files})
+        sync_folder(temporary)
+        if target.exists():  # a damaged one, which training has now passed again
+            target.rename(folder / f"{TEMPORARY}old-{target.name}")
+        temporary.rename(target)
+        sync_folder(folder)
+    finally:
+        remove_leftovers(folder)
+    for old in [path for path in list_checkpoints(folder) if _step_of(path) <= step][:-keep]:
+        old.rename(folder / f"{TEMPORARY}old-{old.name}")  # a kill while deleting leaves no half checkpoint
+    remove_leftovers(folder)
+    return target
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # it hides the system's error number in its text
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else error from error
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary folders that a killed process left behind."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoint folders, oldest first."""
+    return sorted((p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name)), key=_step_of)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's `state.json`, after comparing every file with the size and sha256 it records.
+
+    Raises CheckpointError naming the first file that is missing or damaged.
+    """
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in state["files"].items()}
+        complete = state["format"] == FORMAT and set(files) == set(TENSOR_FILES) and isinstance(state["step"], int)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is not a checkpoint: it has no state.json") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: state.json cannot be read ({error})") from None
+    if not complete:
+        raise CheckpointError(f"checkpoint {path} has a form that this version does not read (format {FORMAT})")
+    for name, (size, digest) in files.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"checkpoint {path} is damaged: {name} is missing")
+        if file.stat().st_size != size:
+            raise CheckpointError(f"checkpoint {path} is damaged: {name} has {file.stat().st_size} bytes, not {size}")
+        if _fingerprint(file)["sha256"] != digest:
+            raise CheckpointError(f"checkpoint {path} is damaged: the content of {name} does not match its sha256")
+    return state
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint that has been found whole.
+
+    Raises CheckpointError for a missing or damaged file.
+    """
+    state = read_state(path)
+    model, trainer = (load_file(path / name) for name in TENSOR_FILES)
+    return Checkpoint(path, model, trainer, state)
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest undamaged checkpoint and one line for each newer one that is damaged.
+
+    Returns None when the folder holds no checkpoint. Raises CheckpointError when it holds only damaged ones.
+    """
+    damage = []
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            read_state(path)
+        except CheckpointError as error:
+            damage.append(str(error))
+        else:
+            return path, damage
+    if damage:
+        raise CheckpointError(f"{damage[0]}; no older one is whole: start again with --force, or in another folder")
+    return None, []
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's state with every shared tensor once, under its first name."""
+    state = model.state_dict()
+    return {name: state[name] for name, first in _first_names(state).items() if name == first}
+
+
+def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Copy `tensors`, as `model_tensors` gave them, into the model.
+
+    Raises CheckpointError naming the tensors that are missing, unknown or of another shape.
+    """
+    state = model.state_dict()
+    first = _first_names(state)
+    expected = {name: tuple(state[name].shape) for name in first.values()}
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = [f"{n} is {given.get(n, 'missing')}, the model has {s}" for n, s in expected.items() if given.get(n) != s]
+    wrong += [f"{name} is not in the model" for name in given if name not in expected]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(f"checkpoint {where} is of another model: {'; '.join(wrong[:3])}{more}")
+    model.load_state_dict({name: tensors[first[name]] for name in state})
+
+
+def _first_names(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Map every name to the first name of the same memory (a tied embedding and head share one)."""
+    seen: dict[tuple[int, torch.Size], str] = {}
+    return {name: seen.setdefault((t.data_ptr(), t.shape), name) if t.numel() else name for name, t in state.items()}

@@ -1,0 +1,122 @@
+"""Writers of the run folder, the interface between training and everything that reads results (docs/run-folder.md).
+
+JSON documents are replaced atomically; the `.jsonl` logs are appended line by line and flushed, so a reader can follow
+a run and a killed process loses at most half a line, which the next start cuts off.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from himoe.errors import RunFolderError
+
+DOCUMENTS = ("config.json", "env.json", "summary.json", "tokenizer.json")
+LOGS = ("metrics.jsonl", "load.jsonl")
+OTHER_FILES = ("report.html",)
+CHECKPOINTS = "checkpoints"
+
+
+def check_run_folder(out: Path, *, resume: bool = False, force: bool = False) -> None:
+    """Refuse a folder that a new run may not write to, or that holds no run to resume. Changes nothing.
+
+    Raises RunFolderError saying what stands there and what to do.
+    """
+    if out.exists() and not out.is_dir():
+        raise RunFolderError(f"{out} is a file; a run needs a folder: choose another with --out")
+    if resume:
+        if not _is_run_folder(out):
+            raise RunFolderError(f"{out} holds no run to resume; start one without --resume")
+        return
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not _is_run_folder(out):
+        raise RunFolderError(f"{out} is not empty and not a run folder; nothing was changed: choose another with --out")
+    if not force:
+        raise RunFolderError(f"{out} already holds a run; continue it with --resume, replace it with --force")
+
+
+def _is_run_folder(out: Path) -> bool:
+    return (out / "config.json").is_file()
+
+
+def clear_run_folder(out: Path) -> None:
+    """Delete what a run writes, and nothing else: files of other names stay, in the checkpoint folder too."""
+    checkpoints = out / CHECKPOINTS
+    for path in [*checkpoints.glob("step-*"), *checkpoints.glob(".tmp-*")]:
+        shutil.rmtree(path)
+    if checkpoints.is_dir() and not any(checkpoints.iterdir()):
+        checkpoints.rmdir()
+    for name in (*LOGS, *OTHER_FILES, *reversed(DOCUMENTS)):  # config.json last: until then it is still a run folder
+        (out / name).unlink(missing_ok=True)
+        (out / f"{name}.tmp").unlink(missing_ok=True)
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Replace `path` by the document in one step. Raises ValueError for a number that is not finite."""
+    write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step: a reader sees the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames inside `path` survive a power cut, where the system can."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON document of a run folder. Raises RunFolderError when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunFolderError(f"{path.parent} has no {path.name}; is it a run folder?") from None
+    except ValueError as error:
+        raise RunFolderError(f"{path} is damaged: {error}") from None
+
+
+class Log:
+    """A `.jsonl` file that is appended to, one flushed line a record."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one line. Raises ValueError for a number that is not finite."""
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; append no more."""
+        self._file.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a `.jsonl` file; a half-written last line is left out. A missing file is empty."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def truncate_log(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Keep only the records that `keep` accepts, replacing the file in one step."""
+    write_text(path, "".join(json.dumps(record) + "\n" for record in read_log(path) if keep(record)))
