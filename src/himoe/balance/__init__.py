@@ -1,0 +1,24 @@
+"""Balancing strategies, one small file each. None imports another; `Chain` and `Schedule` compose any of them."""
+
+from himoe.balance.base import Balancer, step_balancers
+from himoe.balance.chain import Chain
+from himoe.balance.dual_ascent import DualAscent
+from himoe.balance.logit_correction import LogitCorrection
+from himoe.balance.loss_free import LossFree
+from himoe.balance.schedule import Schedule
+from himoe.balance.switch import Switch
+from himoe.balance.two_level import TwoLevelTerms
+from himoe.balance.z_loss import ZLoss
+
+__all__ = [
+    "Balancer",
+    "Chain",
+    "DualAscent",
+    "LogitCorrection",
+    "LossFree",
+    "Schedule",
+    "Switch",
+    "TwoLevelTerms",
+    "ZLoss",
+    "step_balancers",
+]

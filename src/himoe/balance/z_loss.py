@@ -1,0 +1,27 @@
+"""The router z-loss of ST-MoE (arXiv 2202.08906): weight · mean logsumexp(logits)²."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from himoe.balance.base import Balancer
+from himoe.errors import ConfigError
+from himoe.functional.losses import z_loss
+from himoe.types import Routing
+
+
+class ZLoss(Balancer):
+    """Add `z_loss`, which keeps the gate's logits small; it does not balance.
+
+    Args:
+        weight: 1e-3 in the paper.
+    """
+
+    def __init__(self, *, weight: float = 1e-3) -> None:
+        super().__init__()
+        if weight < 0:
+            raise ConfigError(f"z_loss: weight = {weight} must be ≥ 0")
+        self.weight = weight
+
+    def losses(self, routing: Routing) -> dict[str, Float[Tensor, ""]]:
+        """Return the weighted loss of this layer."""
+        return {"z_loss": self.weight * z_loss(routing)}

@@ -1,0 +1,67 @@
+"""Dispatchers bring tokens to experts and back: `(x, routing, experts) → (y, routing with what was kept)`."""
+
+from typing import Protocol
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from himoe.errors import ConfigError
+from himoe.functional.dispatch import capacity, place_in_expert
+from himoe.types import Routing
+
+
+class Experts(Protocol):
+    """What a dispatcher calls: (x, expert_ids, weights, kept) → Σ_k weight·expert(x)."""
+
+    def __call__(self, x: Tensor, expert_ids: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
+        """Run the kept pairs."""
+        ...
+
+
+class Dropless(nn.Module):
+    """Compute every selected pair. A token's output does not depend on what else is in the batch."""
+
+    def forward(
+        self, x: Float[Tensor, "T D"], routing: Routing, experts: Experts
+    ) -> tuple[Float[Tensor, "T D"], Routing]:
+        """Run the experts on all selected pairs."""
+        return experts(x, routing.expert_ids, routing.weights, routing.kept), routing
+
+
+class Capacity(nn.Module):
+    """Give every expert a limited number of places and drop the pairs that find none.
+
+    places = floor(K·factor·T/E), T the real tokens, rounded up to `multiple`, at least 1. Weights are not renormalised
+    after a drop.
+
+    Args:
+        factor: 1 is the fair share; drops vanish as it grows.
+        order: who comes first. `token_major`, token by token, keeps a causal router causal; `column_major`, every
+            token's first choice before any second (GShard, the Hi-MoE authors), does not where an expert can stand in
+            several columns.
+        multiple: round the places up to a multiple; the Hi-MoE authors round to even numbers.
+    """
+
+    def __init__(self, factor: float, *, order: str = "token_major", multiple: int = 1) -> None:
+        super().__init__()
+        if factor <= 0 or multiple < 1:
+            raise ConfigError(f"capacity: factor = {factor} must be above 0 and multiple = {multiple} at least 1")
+        if order not in ("token_major", "column_major"):
+            raise ConfigError(f"capacity: order = {order!r} must be token_major or column_major")
+        self.factor, self.order, self.multiple = factor, order, multiple
+        self.causal = order == "token_major"
+
+    def forward(
+        self, x: Float[Tensor, "T D"], routing: Routing, experts: Experts
+    ) -> tuple[Float[Tensor, "T D"], Routing]:
+        """Run the experts on the pairs that found a place; the returned routing's `kept` says which."""
+        mask = routing.context.mask
+        tokens = x.shape[0] if mask is None else mask.sum()
+        places = capacity(tokens, routing.num_experts, routing.top_k, self.factor, self.multiple).to(x.device)
+        place = place_in_expert(routing.expert_ids, routing.selected, routing.num_experts, self.order)
+        kept = routing.selected & (place < places)
+        return experts(x, routing.expert_ids, routing.weights, kept), routing.replace(kept=kept)
+
+    def extra_repr(self) -> str:
+        """Show the options."""
+        return f"factor={self.factor}, order={self.order!r}, multiple={self.multiple}"

@@ -1,0 +1,103 @@
+"""The experts of one layer as two stacked weights, in the layout of most of transformers v5 and vLLM."""
+
+import math
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from himoe.errors import ConfigError
+from himoe.kernels import expert_mlp
+
+
+class _Experts(nn.Module):
+    """E two-layer networks of one size without biases; the activation is the subclass's."""
+
+    activation: ClassVar[str]
+    up_proj_name: ClassVar[str] = "up_proj"
+    rows_per_unit: ClassVar[int] = 1
+
+    def __init__(self, num_experts: int, dim: int, hidden_dim: int, *, backend: str = "auto") -> None:
+        super().__init__()
+        if min(num_experts, dim, hidden_dim) < 1:
+            raise ConfigError(
+                f"experts: num_experts = {num_experts}, dim = {dim}, hidden_dim = {hidden_dim} must be ≥ 1"
+            )
+        self.num_experts, self.dim, self.hidden_dim, self.backend = num_experts, dim, hidden_dim, backend
+        up_proj = nn.Parameter(torch.empty(num_experts, self.rows_per_unit * hidden_dim, dim))
+        self.register_parameter(self.up_proj_name, up_proj)
+        self.down_proj = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw both weights normal with standard deviation 1/√(inputs)."""
+        nn.init.normal_(self.get_parameter(self.up_proj_name), std=1 / math.sqrt(self.dim))
+        nn.init.normal_(self.down_proj, std=1 / math.sqrt(self.hidden_dim))
+
+    def forward(
+        self,
+        x: Float[Tensor, "T D"],
+        expert_ids: Int[Tensor, "T K"],
+        weights: Float[Tensor, "T K"],
+        kept: Bool[Tensor, "T K"],
+    ) -> Float[Tensor, "T D"]:
+        """Return Σ_k weight·expert(x) over each token's kept pairs."""
+        up_proj = self.get_parameter(self.up_proj_name)
+        return expert_mlp(
+            x, expert_ids, weights, kept, up_proj, self.down_proj, activation=self.activation, backend=self.backend
+        )
+
+    def extra_repr(self) -> str:
+        """Show the sizes."""
+        return f"num_experts={self.num_experts}, dim={self.dim}, hidden_dim={self.hidden_dim}, backend={self.backend!r}"
+
+
+class SwiGLUExperts(_Experts):
+    """E experts down·(silu(gate·x)·(up·x)).
+
+    Args:
+        num_experts: E.
+        dim: D.
+        hidden_dim: F.
+        backend: of the kernel, `auto`, `loop` or `grouped`.
+
+    Parameters: `gate_up_proj` (E, 2F, D), gate rows first; `down_proj` (E, D, F).
+    """
+
+    activation, up_proj_name, rows_per_unit = "swiglu", "gate_up_proj", 2
+
+
+class GELUExperts(_Experts):
+    """E experts down·gelu(up·x), the exact gelu.
+
+    Args:
+        num_experts: E.
+        dim: D.
+        hidden_dim: F.
+        backend: of the kernel, `auto`, `loop` or `grouped`.
+
+    Parameters: `up_proj` (E, F, D); `down_proj` (E, D, F).
+    """
+
+    activation = "gelu"
+
+
+class SwiGLU(nn.Module):
+    """One dense network down·(silu(gate·x)·(up·x)): a dense layer, or the shared expert of an MoE layer.
+
+    Args:
+        dim: D.
+        hidden_dim: F.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(dim, 2 * hidden_dim, bias=False)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        """Return the network's output."""
+        gate, value = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * value)

@@ -1,0 +1,96 @@
+"""The router: gate → adjust_logits → score → adjust_choice → select → weights. The only place this order is written."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from himoe.balance import Balancer
+from himoe.errors import ConfigError
+from himoe.functional import scores as score_functions
+from himoe.types import RouterContext, Routing
+
+ScoreFunction = Callable[[Tensor], Tensor]
+Selector = Callable[[Tensor, RouterContext], tuple[Tensor, Tensor]]
+
+RENORMALIZE_EPSILON = 1e-10  # as in the authors' code; keeps 0/0 away when every chosen score underflows
+
+
+class Router(nn.Module):
+    """Decide which experts see which token, and with what weight.
+
+    Args:
+        gate: module, (T, D) → logits (T, E).
+        selector: plain function (scores, context) → (expert_ids (T, K), selected (T, K)); bind its options with
+            `functools.partial`.
+        num_experts: E.
+        score: function logits → scores, softmax by default.
+        balancer: strategy that keeps experts evenly used; None for none.
+        renormalize: divide each token's weights by their sum.
+        expert_scale: learn one weight factor per expert, starting at 1 and exempt from weight decay.
+        scaling_factor: constant factor on all weights (2.5 in DeepSeek-V3).
+    """
+
+    def __init__(
+        self,
+        gate: nn.Module,
+        selector: Selector,
+        *,
+        num_experts: int,
+        score: ScoreFunction = score_functions.softmax,
+        balancer: Balancer | None = None,
+        renormalize: bool = True,
+        expert_scale: bool = False,
+        scaling_factor: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.gate, self.selector, self.score = gate, selector, score
+        self.num_experts, self.renormalize, self.scaling_factor = num_experts, renormalize, scaling_factor
+        self.balancer = Balancer() if balancer is None else balancer
+        self.expert_scale = nn.Parameter(torch.ones(num_experts)) if expert_scale else None
+        if self.expert_scale is not None:
+            self.expert_scale._no_weight_decay = True  # type: ignore[attr-defined]
+
+    def reset_parameters(self) -> None:
+        """Set the learned scale back to 1."""
+        if self.expert_scale is not None:
+            nn.init.ones_(self.expert_scale)
+
+    def forward(
+        self,
+        x: Float[Tensor, "T D"],
+        mask: Bool[Tensor, " T"] | None = None,
+        *,
+        batch_shape: tuple[int, ...] | None = None,
+        token_ids: Int[Tensor, " T"] | None = None,
+    ) -> Routing:
+        """Route T tokens; nothing is written, so the same call can be repeated at will."""
+        context = RouterContext(
+            mask=mask,
+            batch_shape=(x.shape[0],) if batch_shape is None else batch_shape,
+            token_ids=token_ids,
+            gate_weight=getattr(self.gate, "weight", None),
+            training=self.training,
+        )
+        with torch.autocast(x.device.type, enabled=False):
+            logits = self.gate(x)
+            if logits.shape[-1] != self.num_experts:
+                raise ConfigError(
+                    f"the gate gives {logits.shape[-1]} logits, the router has {self.num_experts} experts"
+                )
+            scores = self.score(self.balancer.adjust_logits(logits, context))
+            choice = self.balancer.adjust_choice(scores, context)
+            expert_ids, selected = self.selector(choice.detach(), context)
+            if mask is not None:
+                selected = selected & mask[:, None]
+            weights = self._weights(scores, expert_ids, selected)
+        return Routing(logits, scores, expert_ids, weights, selected, selected, context)
+
+    def _weights(self, scores: Tensor, expert_ids: Tensor, selected: Tensor) -> Tensor:
+        weights = scores.gather(-1, expert_ids).where(selected, 0)
+        if self.renormalize:
+            weights = weights / (weights.sum(-1, keepdim=True) + RENORMALIZE_EPSILON)
+        if self.expert_scale is not None:
+            weights = weights * self.expert_scale.to(weights.dtype)[expert_ids]
+        return weights * self.scaling_factor
