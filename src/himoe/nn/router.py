@@ -1,6 +1,7 @@
 """The router: gate → adjust_logits → score → adjust_choice → select → weights. The only place this order is written."""
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,7 +29,7 @@ class Router(nn.Module):
         score: function logits → scores, softmax by default.
         balancer: strategy that keeps experts evenly used; None for none.
         renormalize: divide each token's weights by their sum.
-        expert_scale: learn one weight factor per expert, starting at 1 and exempt from weight decay.
+        expert_scale: learn one weight factor per expert, starting at 1; a vector, hence never decayed by `himoe train`.
         scaling_factor: constant factor on all weights (2.5 in DeepSeek-V3).
     """
 
@@ -49,8 +50,12 @@ class Router(nn.Module):
         self.num_experts, self.renormalize, self.scaling_factor = num_experts, renormalize, scaling_factor
         self.balancer = Balancer() if balancer is None else balancer
         self.expert_scale = nn.Parameter(torch.ones(num_experts)) if expert_scale else None
-        if self.expert_scale is not None:
-            self.expert_scale._no_weight_decay = True  # type: ignore[attr-defined]
+
+    @cached_property
+    def top_k(self) -> int:
+        """K, the number of places the selector fills for every token."""
+        probe = torch.zeros(1, self.num_experts)
+        return self.selector(probe, RouterContext())[0].shape[-1]
 
     def reset_parameters(self) -> None:
         """Set the learned scale back to 1."""

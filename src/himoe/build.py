@@ -1,0 +1,164 @@
+"""From the configuration to the model: names become objects, and every option is checked against its constructor."""
+
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from himoe import registry
+from himoe.balance import Balancer, Chain
+from himoe.config import Config
+from himoe.config.schema import MoEConfig
+from himoe.errors import ConfigError, HimoeWarning
+from himoe.functional.groups import Groups
+from himoe.models import DecoderLM
+from himoe.nn import Capacity, Dropless, Gate, MoE, Router, SwiGLU
+from himoe.presets import check_guards
+
+
+def build_model(config: Config, vocab_size: int) -> DecoderLM:
+    """Build the language model of a configuration, initialised from `config.seed`.
+
+    Args:
+        config: the resolved configuration.
+        vocab_size: V, of the tokenizer in use.
+
+    Raises:
+        ConfigError: an unknown option, or one that its constructor refuses.
+
+    Warns:
+        HimoeWarning: a part that lets later tokens change earlier ones, which a language model should not have.
+    """
+    is_moe = set(moe_layer_indices(config))
+
+    def feed_forward(layer: int) -> nn.Module:
+        if layer in is_moe:
+            return build_moe(config.moe, config.model.dim)
+        return SwiGLU(config.model.dim, config.model.ffn_dim)
+
+    torch.manual_seed(config.seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("once")  # the same warning from every layer would say nothing more
+        model = DecoderLM(
+            vocab_size=vocab_size,
+            dim=config.model.dim,
+            num_layers=config.model.num_layers,
+            num_heads=config.model.num_heads,
+            num_kv_heads=config.model.num_kv_heads,
+            feed_forward=feed_forward,
+            tie_embeddings=config.model.tie_embeddings,
+            qk_norm=config.model.qk_norm,
+            rope_theta=config.model.rope_theta,
+        )
+    _warn_if_not_causal(model)
+    return model
+
+
+def moe_layer_indices(config: Config) -> list[int]:
+    """Return which layers have experts: `moe.layers`, or every layer i with (i + 1) a multiple of `moe.every`."""
+    if config.moe.layers is not None:
+        return sorted(config.moe.layers)
+    every = config.moe.every
+    return [i for i in range(config.model.num_layers) if every and (i + 1) % every == 0]
+
+
+def build_moe(moe: MoEConfig, dim: int) -> MoE:
+    """Build one MoE layer of width `dim`."""
+    experts = registry.load("experts", moe.experts)(moe.num_experts, dim, moe.expert_dim, backend=moe.backend)
+    dispatcher = Dropless()
+    if moe.capacity_factor is not None:
+        dispatcher = Capacity(moe.capacity_factor, order=moe.capacity_order)
+    shared = SwiGLU(dim, moe.shared_dim) if moe.shared_dim else None
+    return MoE(build_router(moe, dim), experts, dispatcher=dispatcher, shared_expert=shared)
+
+
+def build_router(moe: MoEConfig, dim: int) -> Router:
+    """Build the router of a preset, or the one spelled out by selector, score and balancers."""
+    extra = [_build_balancer(i, entry.name, entry.options, moe) for i, entry in enumerate(moe.balancers)]
+    if moe.preset is not None:
+        router = _build_preset(moe, dim)
+        if extra:
+            router.balancer = Chain(router.balancer, *extra)
+            check_guards(router.balancer, top_k=moe.top_k, force=moe.force)
+        return router
+    assert moe.selector is not None, "the configuration has a preset or a selector"
+    check_guards(Chain(*extra), top_k=moe.top_k, force=moe.force)
+    return Router(
+        Gate(dim, moe.num_experts),
+        _build_selector(moe.selector, moe),
+        num_experts=moe.num_experts,
+        score=registry.load("scores", moe.score or "softmax"),
+        balancer=Chain(*extra),
+        renormalize=moe.renormalize,
+    )
+
+
+def _build_preset(moe: MoEConfig, dim: int) -> Router:
+    assert moe.preset is not None
+    preset = registry.load("presets", moe.preset)
+    accepted = _parameters(preset)
+    given: dict[str, Any] = {"dim": dim, "num_experts": moe.num_experts, "top_k": moe.top_k_per_group or moe.top_k}
+    if "num_groups" in accepted:
+        given |= {"groups": moe.groups} if moe.groups else {"num_groups": moe.num_groups}
+    if "force" in accepted:
+        given["force"] = moe.force
+    options = dict(moe.options) if moe.renormalize else {"renormalize": False} | moe.options
+    return _call(preset, f"moe.options of preset {moe.preset!r}", options, given)
+
+
+def _build_balancer(index: int, name: str, options: dict[str, Any], moe: MoEConfig) -> Balancer:
+    balancer = registry.load("balancers", name)
+    accepted = _parameters(balancer)
+    given: dict[str, Any] = {}
+    if "num_experts" in accepted:
+        given["num_experts"] = moe.num_experts
+    if "groups" in accepted:
+        given["groups"] = _groups(moe)
+    return _call(balancer, f"moe.balancers[{index}] {name!r}", options, given)
+
+
+def _build_selector(name: str, moe: MoEConfig) -> Callable[..., Any]:
+    selector = registry.load("selectors", name)
+    if "groups" not in _parameters(selector):
+        return partial(selector, k=moe.top_k)
+    groups = _groups(moe)
+    per_group = tuple(moe.top_k_per_group or [moe.top_k // groups.num_groups] * groups.num_groups)
+    return partial(selector, groups=groups, k=per_group)
+
+
+def _groups(moe: MoEConfig) -> Groups:
+    return Groups.of(moe.groups or moe.num_groups, moe.num_experts)
+
+
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def _call(function: Callable[..., Any], where: str, options: dict[str, Any], given: dict[str, Any]) -> Any:
+    """Call `function` with what the layer gives and the user's options, after checking their names."""
+    allowed: Sequence[str] = [name for name in _parameters(function) if name not in given]
+    for name, value in options.items():
+        if name not in allowed:
+            raise ConfigError(
+                f"{where}: unknown option {name} = {value!r}; allowed: {', '.join(allowed) or 'none'}"
+                f"{registry.nearest(name, list(allowed))}"
+            )
+    try:
+        return function(**given, **options)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _warn_if_not_causal(model: nn.Module) -> None:
+    parts = {type(m).__name__ for m in model.modules() if getattr(m, "causal", True) is False}
+    if parts:
+        warnings.warn(
+            f"{', '.join(sorted(parts))}: not causal as configured, later tokens can change the routing of earlier "
+            "ones; a language model's held-out loss in training mode would be too good",
+            HimoeWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,59 @@
+"""Causal self-attention with grouped queries, rotary positions and normalised queries and keys."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from himoe.errors import ConfigError
+
+
+class Attention(nn.Module):
+    """Grouped-query attention through `scaled_dot_product_attention`.
+
+    Args:
+        dim: D.
+        num_heads: query heads; the head width is D / num_heads and must be even.
+        num_kv_heads: key and value heads, a divisor of `num_heads`.
+        qk_norm: RMS-normalise queries and keys per head before the rotation.
+        rope_theta: base of the rotary frequencies (RoFormer, arXiv 2104.09864).
+    """
+
+    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, *, qk_norm: bool, rope_theta: float) -> None:
+        super().__init__()
+        if dim % num_heads or num_heads % num_kv_heads or dim // num_heads % 2:
+            raise ConfigError(
+                f"attention: dim = {dim} must be a multiple of num_heads = {num_heads} with an even quotient, "
+                f"and num_heads a multiple of num_kv_heads = {num_kv_heads}"
+            )
+        self.head_dim, self.rope_theta = dim // num_heads, rope_theta
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.qkv_proj = nn.Linear(dim, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=False)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
+
+    def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
+        """Attend to the positions up to each one's own."""
+        batch, length, _ = x.shape
+        heads = self.qkv_proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        query, key, value = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        cos, sin = rotary_angles(length, self.head_dim, self.rope_theta, x.device)
+        query = rotate(self.q_norm(query), cos, sin).to(value.dtype)
+        key = rotate(self.k_norm(key), cos, sin).to(value.dtype)
+        grouped = self.num_kv_heads < self.num_heads
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+        return self.out_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+
+
+def rotary_angles(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of position·θ^(−2i/head_dim), each (length, head_dim/2) in fp32."""
+    frequency = theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Float[Tensor, "B H S d"], cos: Float[Tensor, "S d/2"], sin: Float[Tensor, "S d/2"]) -> Tensor:
+    """Rotate the two halves of every head by the angle of its position."""
+    first, second = x.float().chunk(2, dim=-1) if x.dtype != torch.float64 else x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -1,0 +1,129 @@
+"""A decoder language model whose feed-forward layers are any pattern of dense and MoE layers.
+
+Pre-norm blocks: x + attention(norm(x)), then x + feed_forward(norm(x)); a final norm and the head.
+
+Initialisation: every matrix and embedding is normal with standard deviation 0.02 (the gate too), the matrices that
+write into the residual stream (attention output, every down projection) 0.02/√(2·layers), norms and learned scales are 1.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from himoe.errors import ConfigError
+from himoe.models.attention import Attention
+from himoe.nn import MoE
+from himoe.types import Routing
+
+INIT_STD = 0.02
+RESIDUAL_WRITERS = ("out_proj.weight", "down_proj.weight", "down_proj")
+
+
+class Block(nn.Module):
+    """One layer: attention, then a dense or MoE feed-forward, each on the normalised residual stream."""
+
+    def __init__(self, dim: int, attention: nn.Module, feed_forward: nn.Module) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.attention = attention
+        self.feed_forward_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.feed_forward = feed_forward
+
+    def forward(
+        self, x: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"] | None, token_ids: Int[Tensor, "B S"]
+    ) -> tuple[Float[Tensor, "B S D"], Routing | None]:
+        """Return the new residual stream and the routing, None for a dense layer."""
+        x = x + self.attention(self.attention_norm(x))
+        normed = self.feed_forward_norm(x)
+        if isinstance(self.feed_forward, MoE):
+            y, routing = self.feed_forward(normed, mask, token_ids=token_ids)
+            return x + y, routing
+        return x + self.feed_forward(normed), None
+
+
+class DecoderLM(nn.Module):
+    """A causal language model.
+
+    Args:
+        vocab_size: V.
+        dim: D.
+        num_layers: L.
+        num_heads: query heads.
+        num_kv_heads: key and value heads; default `num_heads`.
+        feed_forward: layer index → module: an `MoE`, or any (B, S, D) → (B, S, D) network such as `SwiGLU`.
+        tie_embeddings: use the input embedding as the head.
+        qk_norm: RMS-normalise queries and keys.
+        rope_theta: base of the rotary frequencies.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        feed_forward: Callable[[int], nn.Module],
+        num_kv_heads: int | None = None,
+        tie_embeddings: bool = True,
+        qk_norm: bool = True,
+        rope_theta: float = 10_000.0,
+    ) -> None:
+        super().__init__()
+        if vocab_size < 1 or num_layers < 1:
+            raise ConfigError(f"DecoderLM: vocab_size = {vocab_size} and num_layers = {num_layers} must be ≥ 1")
+        self.embedding = nn.Embedding(vocab_size, dim)
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.blocks = nn.ModuleList(
+            Block(
+                dim,
+                Attention(dim, num_heads, kv_heads, qk_norm=qk_norm, rope_theta=rope_theta),
+                feed_forward(layer),
+            )
+            for layer in range(num_layers)
+        )
+        self.norm = nn.RMSNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, vocab_size, bias=False)
+        if tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set all parameters and balancer states to their start, also after `to_empty` on the meta device."""
+        for module in self.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if module is not self and callable(reset):
+                reset()
+        residual_std = INIT_STD / math.sqrt(2 * len(self.blocks))
+        for name, parameter in self.named_parameters():
+            if parameter.ndim >= 2:
+                writes_residual = name.endswith(RESIDUAL_WRITERS)
+                nn.init.normal_(parameter, std=residual_std if writes_residual else INIT_STD)
+
+    def forward(
+        self, token_ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B S"] | None = None
+    ) -> tuple[Float[Tensor, "B S V"], list[Routing]]:
+        """Predict each next token.
+
+        Args:
+            token_ids: (B, S).
+            mask: (B, S) True for real tokens. Padding must stand behind the text: causal attention then never sees it.
+
+        Returns:
+            logits (B, S, V), and one `Routing` per MoE layer, in layer order.
+        """
+        x = self.embedding(token_ids)
+        routings: list[Routing] = []
+        for block in self.blocks:
+            x, routing = block(x, mask, token_ids)
+            if routing is not None:
+                routings.append(routing)
+        return self.head(self.norm(x)), routings
+
+    def moe_layer_indices(self) -> list[int]:
+        """Return which layers are MoE, in the order of the routings."""
+        return [i for i, block in enumerate(self.blocks) if isinstance(block.feed_forward, MoE)]
