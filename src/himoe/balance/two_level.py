@@ -25,6 +25,8 @@ from himoe.functional import losses
 from himoe.functional.groups import Groups
 from himoe.types import Routing
 
+SELECTED_FORMS = ("sparse", "selected")
+
 
 class TwoLevelTerms(Balancer):
     """Add the intra-group and inter-group terms.
@@ -37,6 +39,7 @@ class TwoLevelTerms(Balancer):
         intra: `global`, `group_conditional`, `entropy` or `group_entropy`.
         inter: `dense`, `sparse`, `selected`, `entropy` or `group_load`.
         source: `raw`, softmax of the gate's logits, or `corrected`, the scores after every adjustment of the logits.
+            `sparse` and `selected` look at what was selected, hence always at corrected probabilities.
     """
 
     def __init__(
@@ -64,10 +67,11 @@ class TwoLevelTerms(Balancer):
 
     def measures(self, routing: Routing) -> dict[str, Float[Tensor, ""]]:
         """Return `intra` A and `inter` B, unweighted."""
-        log_p = losses.log_probabilities(routing, self.source)
+        source = {"intra": self.source, "inter": "corrected" if self.inter in SELECTED_FORMS else self.source}
+        log_p = {name: losses.log_probabilities(routing, name) for name in set(source.values())}
         return {
-            "intra": losses.INTRA[self.intra](log_p, routing, self.groups),
-            "inter": losses.INTER[self.inter](log_p, routing, self.groups),
+            "intra": losses.INTRA[self.intra](log_p[source["intra"]], routing, self.groups),
+            "inter": losses.INTER[self.inter](log_p[source["inter"]], routing, self.groups),
         }
 
     def losses(self, routing: Routing) -> dict[str, Float[Tensor, ""]]:

@@ -2,8 +2,8 @@
 
 Pre-norm blocks: x + attention(norm(x)), then x + feed_forward(norm(x)); a final norm and the head.
 
-Initialisation: every matrix and embedding is normal with standard deviation 0.02 (the gate too), the matrices that
-write into the residual stream (attention output, every down projection) 0.02/√(2·layers), norms and learned scales are 1.
+Initialisation: every matrix and embedding is normal with standard deviation 0.02 (the gate too), the matrices that write
+into the residual stream (attention output, every down projection) 0.02/√(2·layers), norms and learned scales 1.
 """
 
 import math
