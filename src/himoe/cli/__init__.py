@@ -1,0 +1,115 @@
+"""The command line: `himoe VERB …`. Each verb is one file; what all of them share is here.
+
+Bad input gets one clear line on stderr and exit status 2, Ctrl-C 130; a traceback appears only with `--debug`.
+PyTorch is imported by the verbs that compute, after their arguments have been checked.
+"""
+
+import difflib
+import errno
+import inspect
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+
+import himoe
+from himoe.cli.evaluate import Eval
+from himoe.cli.listing import List
+from himoe.cli.parsing import parse
+from himoe.cli.report import Report
+from himoe.cli.train import Train
+from himoe.errors import ConfigError, HimoeError, HimoeWarning
+
+VERBS = {"train": Train, "eval": Eval, "report": Report, "list": List}
+
+HELP = """\
+usage: himoe VERB [arguments]
+
+Train language models with sparse mixture-of-experts layers, and see how evenly
+their experts are used.
+
+Verbs:
+{verbs}
+
+Examples:
+  himoe train                         about 3 minutes on text you already have
+  himoe train lm_tiny --out runs/try  seconds, to try things out
+  himoe eval runs/try                 its held-out bits per byte again
+  himoe list balancers                what can be put in a configuration
+
+`himoe VERB --help` explains a verb, with examples; `himoe --version` names the
+version."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    with warnings.catch_warnings():
+        _show_our_warnings_in_one_line()
+        try:
+            status = _dispatch(arguments)
+            sys.stdout.flush()
+            return status
+        except KeyboardInterrupt:
+            return _fail("stopped", 130, debug)
+        except HimoeError as error:
+            return _fail(str(error), 2, debug)
+        except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except OSError as error:
+            return _fail(_describe(error), 2, debug)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    """Run the verb that the arguments name."""
+    verb, *rest = arguments or ["--help"]
+    if verb in {"-h", "--help", "help"}:
+        print(help_text())
+        return 0
+    if verb == "--version":
+        print(f"himoe {himoe.__version__}")
+        return 0
+    if verb not in VERBS:
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"no verb {verb!r}; known: {', '.join(VERBS)}{hint}")
+    command = parse(VERBS[verb], f"himoe {verb}", rest)
+    return 0 if command is None else command.run(["himoe", *arguments])
+
+
+def help_text() -> str:
+    """Return the help of the program itself, with the first line of each verb."""
+    first = {name: (inspect.getdoc(verb) or "").partition("\n")[0] for name, verb in VERBS.items()}
+    return HELP.format(verbs="\n".join(f"  {name:<8}{line}" for name, line in first.items()))
+
+
+def _fail(message: str, status: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"himoe: {message}", file=sys.stderr)
+    return status
+
+
+def _describe(error: OSError) -> str:
+    """Return one line for what the operating system refused."""
+    where = f": {error.filename}" if error.filename else ""
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return f"no space left on the disk{where}; free some and try again (training goes on with --resume)"
+    return f"{error.strerror or error}{where}"
+
+
+def _show_our_warnings_in_one_line() -> None:
+    """Print a `HimoeWarning` without the file and source line that Python adds; leave others as they are."""
+    usual = warnings.showwarning
+
+    def show(message, category, filename, lineno, file=None, line=None):
+        if issubclass(category, HimoeWarning):
+            print(f"himoe: warning: {message}", file=sys.stderr)
+        else:
+            usual(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+    warnings.simplefilter("default", HimoeWarning)

@@ -1,0 +1,46 @@
+"""Finds run folders: where a new run goes, which one is meant, which one is unfinished."""
+
+import json
+import time
+from pathlib import Path
+
+from himoe.errors import RunFolderError
+from himoe.registry import nearest
+
+RUNS = Path("runs")
+
+
+def new_folder(name: str) -> Path:
+    """Return `runs/NAME-YYYYmmdd-HHMMSS`, which is not created here."""
+    return RUNS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def existing_run(path: Path | None) -> Path:
+    """Return `path` if a run lies there, else raise `RunFolderError` with the nearest one."""
+    if path is None:
+        known = sorted(RUNS.glob("*/config.json"), key=_written)
+        raise RunFolderError(f"name a run folder{f', such as {known[-1].parent}' if known else ''}")
+    if (path / "config.json").is_file():
+        return path
+    beside = [str(config.parent) for config in path.parent.glob("*/config.json")]
+    what = "holds no config.json, so it is no run folder" if path.exists() else "does not exist"
+    raise RunFolderError(f"run folder {path} {what}{nearest(str(path), beside)}")
+
+
+def newest_unfinished() -> Path:
+    """Return the folder under `runs/` that was started last among those that did not finish."""
+    unfinished = [config.parent for config in RUNS.glob("*/config.json") if not _finished(config.parent)]
+    if not unfinished:
+        raise RunFolderError(f"no unfinished run under {RUNS}/; name one: himoe train --resume --out DIR")
+    return max(unfinished, key=lambda run: _written(run / "config.json"))
+
+
+def _written(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _finished(run: Path) -> bool:
+    try:
+        return json.loads((run / "summary.json").read_text(encoding="utf-8"))["status"] == "finished"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

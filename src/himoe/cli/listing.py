@@ -1,0 +1,50 @@
+"""`himoe list`: what can be put in a configuration."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Annotated
+
+from rich.console import Console
+from tyro.conf import Positional
+
+from himoe.cli.catalogue import KINDS, details, entries
+from himoe.cli.parsing import option
+from himoe.cli.tables import print_details, print_entries
+
+
+@dataclass(kw_only=True)
+class List:
+    """List balancers, selectors, scores, experts, presets and recipes.
+
+    Examples:
+      himoe list
+          all tables
+      himoe list presets
+          one of them
+      himoe list balancers loss_free
+          one entry in full, with its options
+      himoe list recipes lm_tiny > my.toml
+          a recipe's text, to start a file of your own
+    """
+
+    kind: Annotated[Positional[str | None], option("[TABLE]")] = None
+    """balancers, selectors, scores, experts, presets or recipes. Without it: all."""
+    name: Annotated[Positional[str | None], option("[NAME]")] = None
+    """One entry, in full."""
+    as_json: Annotated[bool, option(name="json")] = False
+    """Print one JSON document on stdout."""
+    debug: Annotated[bool, option()] = False
+    """Show a traceback with an error."""
+
+    def run(self, command: list[str]) -> int:  # noqa: ARG002
+        """Print the tables, or one entry."""
+        if self.kind and self.name:
+            found = details(self.kind, self.name)
+            print(json.dumps(found)) if self.as_json else print_details(found)
+            return 0
+        tables = {kind: entries(kind) for kind in ([self.kind] if self.kind else KINDS)}
+        if self.as_json:
+            print(json.dumps({kind: [asdict(entry) for entry in table] for kind, table in tables.items()}))
+        else:
+            print_entries(Console(), tables)
+        return 0

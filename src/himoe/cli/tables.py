@@ -1,0 +1,98 @@
+"""The tables that people read at the end of a command."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from himoe.cli.catalogue import Entry
+
+
+def print_summary(console: Console, summary: Mapping[str, Any], run: Path) -> None:
+    """Print what a training run came to: domains, layers, speed, and where the files are."""
+    print_domains(console, summary)
+    print_layers(console, summary.get("layers", []))
+    speed, memory = summary["tokens_per_second"] or 0, summary["peak_memory_mib"] or 0
+    facts = {
+        summary["status"]: f"step {summary['step']:,}, {summary['tokens']:,} tokens in {summary['seconds']:,.0f} s",
+        "speed": f"{speed:,.0f} tokens/s, peak memory {memory:,.0f} MiB",
+        "run folder": str(run),
+        "report": str(run / "report.html"),
+    }
+    for name, fact in facts.items():
+        console.print(f"{name:<12} {escape(fact)}", highlight=False, soft_wrap=True)
+
+
+def print_domains(console: Console, result: Mapping[str, Any]) -> None:
+    """Print bits per byte and perplexity of each domain, against byte statistics where they are known."""
+    if not result["domains"]:  # stopped before the first evaluation
+        return
+    compared = any(values.get("bigram") for values in result["domains"].values())
+    extra = ["unigram", "bigram", "under bigram"] if compared else []
+    table = _table("Held-out text, bits per byte", "domain", ["model", *extra, "perplexity"])
+    for name, values in result["domains"].items():
+        baselines = []
+        if compared:
+            unigram, bigram = values.get("unigram"), values.get("bigram")
+            share = f"{100 * (1 - values['bits_per_byte'] / bigram):.1f} %" if bigram else "–"
+            baselines = [_number(unigram), _number(bigram), share]
+        table.add_row(escape(name), _number(values["bits_per_byte"]), *baselines, f"{values['perplexity']:,.2f}")
+    console.print(table)
+    console.print()
+
+
+def print_layers(console: Console, layers: Sequence[Mapping[str, Any]]) -> None:
+    """Print how evenly each layer used its experts."""
+    if not layers:
+        return
+    columns = {
+        "MaxVio": "max_vio_window",
+        "MaxVio, batch": "max_vio_batch",
+        "CV": "cv_window",
+        "Σm²": "group_mass",
+        "C": "concentration",
+    }
+    table = _table("Load of the experts, last 50 steps", "layer", list(columns))
+    for layer in layers:
+        table.add_row(str(layer["layer"]), *(_number(layer.get(key)) for key in columns.values()))
+    console.print(table)
+    console.print("MaxVio: busiest expert over the mean, less 1; CV: deviation over the mean; 0 is even.", style="dim")
+    console.print("Σm²: 1/groups (spread) to 1 (one group); C: 1/experts of a group to 1 (one expert).", style="dim")
+    console.print()
+
+
+def print_entries(console: Console, tables: Mapping[str, Sequence[Entry]]) -> None:
+    """Print each table's names with their one-line descriptions."""
+    width = max(len(entry.name) for table in tables.values() for entry in table)
+    for kind, table in tables.items():
+        console.print(f"[bold]{kind}[/bold]")
+        lines = Table.grid(padding=(0, 2))
+        lines.add_column(min_width=width + 2)
+        lines.add_column()
+        for entry in table:
+            lines.add_row(f"  {entry.name}", escape(entry.description))
+        console.print(lines, highlight=False)
+        console.print()
+    console.print("himoe list TABLE NAME shows an entry in full.", style="dim", highlight=False)
+
+
+def print_details(found: Mapping[str, str]) -> None:
+    """Print one entry as plain text; a recipe exactly as it is in its file."""
+    if found["signature"]:
+        print(f"{found['name']}: {found['where']}\n\n{found['signature']}\n")
+    print(found["text"].rstrip())
+
+
+def _table(title: str, first: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(first)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

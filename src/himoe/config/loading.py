@@ -1,0 +1,151 @@
+"""From recipe, file and command line to one `Config`: defaults < recipe < file < `--set a.b=c`.
+
+Tables merge key by key, everything else is replaced. Keys that only make sense together are retired together: a layer
+that names another preset, say, drops the options of the preset before it.
+"""
+
+import json
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from himoe.config.recipes import DEFAULT_RECIPE, recipe_text
+from himoe.config.schema import Config
+from himoe.errors import ConfigError
+from himoe.registry import nearest
+
+# A layer that sets the key on the left, to anything but none, drops what lower layers said about those on the right.
+RETIRES = {
+    "preset": ("selector", "score"),
+    "selector": ("preset", "options", "score"),
+    "groups": ("num_groups", "top_k_per_group"),
+    "num_groups": ("groups", "top_k_per_group"),
+    "top_k": ("top_k_per_group",),
+    "top_k_per_group": ("top_k",),
+    "every": ("layers",),
+}
+
+
+def load_config(
+    source: str | Path | None = None, *, sets: Sequence[str] = (), overrides: Mapping[str, Any] | None = None
+) -> Config:
+    """Return the resolved configuration.
+
+    Args:
+        source: a recipe's name, a `.toml` file, or a run's `config.json`; None is the default recipe.
+        sets: changes as `"train.steps=100"`; the value is read as TOML, or taken as text where it is not TOML.
+        overrides: a tree of keys that goes over everything else.
+
+    Raises:
+        ConfigError: every problem found, together.
+
+    >>> load_config("lm_tiny", sets=["moe.preset=moge"]).moe.preset
+    'moge'
+    """
+    tree: dict[str, Any] = {}
+    for layer in (*_source_layers(source), parse_sets(sets), dict(overrides or {})):
+        tree = merge(tree, layer)
+    return Config.model_validate(_nulls(tree))
+
+
+def merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with `layer` over it; see `RETIRES` for the keys that go together."""
+    kept = deepcopy(dict(base))
+    moe, over = kept.get("moe"), layer.get("moe")
+    if isinstance(moe, dict) and isinstance(over, Mapping):
+        retired = [old for key, olds in RETIRES.items() if over.get(key) not in (None, "none") for old in olds]
+        for old in [*retired, *(["options"] if "preset" in over else [])]:
+            moe.pop(old, None)
+    return _deep_merge(kept, layer)
+
+
+def parse_sets(sets: Sequence[str]) -> dict[str, Any]:
+    """Return the tree that `--set` arguments describe; they count as one layer.
+
+    >>> parse_sets(["train.steps=100", "data.path=corpus/a.txt"])
+    {'train': {'steps': 100}, 'data': {'path': 'corpus/a.txt'}}
+    """
+    tree: dict[str, Any] = {}
+    for text in sets:
+        path, equals, value = text.partition("=")
+        keys = [key.strip() for key in path.split(".")]
+        if not equals or not all(keys):
+            raise ConfigError(f"--set {text}: must look like key=value, as in --set train.steps=100")
+        branch: Any = _parse_value(value.strip())
+        for key in reversed(keys):
+            branch = {key: branch}
+        tree = _deep_merge(tree, branch)
+    return tree
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if list(parsed) == ["value"] else text
+
+
+def _deep_merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in layer.items():
+        below = merged.get(key)
+        merged[key] = _deep_merge(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _source_layers(source: str | Path | None) -> list[dict[str, Any]]:
+    if source is None or Path(source).suffix not in {".toml", ".json"}:
+        return [_recipe(str(source or DEFAULT_RECIPE))]
+    path = Path(source)
+    tree = _read(path)
+    if path.suffix == ".json":
+        return [tree]  # a stored configuration is complete, so no recipe lies under it
+    base = tree.pop("recipe", DEFAULT_RECIPE)
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: recipe = {base}: must be the name of a recipe")
+    return [_recipe(base), {"name": re.sub(r"[^\w.-]+", "-", path.stem)}, tree]
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    return {"name": name, **tomllib.loads(recipe_text(name))}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a TOML or JSON file that holds a table."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        siblings = [entry.name for entry in path.parent.glob(f"*{path.suffix}")]
+        raise ConfigError(f"no configuration file {path}{nearest(path.name, siblings)}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    kind = path.suffix[1:].upper()
+    try:
+        tree = tomllib.loads(text) if kind == "TOML" else json.loads(text)
+    except ValueError as error:  # both decoders raise a ValueError that names line and column
+        raise ConfigError(f"{path}: not valid {kind}: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must hold one table of keys")
+    return tree
+
+
+def _nulls(tree: dict[str, Any]) -> dict[str, Any]:
+    """Read `"none"` as null wherever a key may be null, since TOML has no word for it."""
+    clean = dict(tree)
+    for section, field in Config.model_fields.items():
+        table = clean.get(section)
+        if isinstance(table, dict) and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            optional = {k for k, leaf in field.annotation.model_fields.items() if NoneType in get_args(leaf.annotation)}
+            clean[section] = {
+                key: None if key in optional and value == "none" else value for key, value in table.items()
+            }
+    return clean

@@ -1,0 +1,102 @@
+"""What is wrong with a configuration, in words: the key, the value given, what is allowed, the nearest name."""
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from himoe.config.toml import format_value
+from himoe.errors import ConfigError
+from himoe.registry import nearest
+
+LONGEST_VALUE = 60
+NOT_GIVEN = object()
+
+WORDS = {
+    "missing": "must be given",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text in quotes",
+    "list_type": "must be a list, as in [1, 2]",
+    "tuple_type": "must be a list of two numbers",
+    "model_type": "must be a table of keys",
+    "model_attributes_type": "must be a table of keys",
+    "dict_type": "must be a table of keys",
+    "finite_number": "must be a finite number",
+    "greater_than": "must be > {gt}",
+    "greater_than_equal": "must be ≥ {ge}",
+    "less_than": "must be < {lt}",
+    "less_than_equal": "must be ≤ {le}",
+    "too_short": "must have at least {min_length}",
+    "too_long": "must have at most {max_length}",
+    "string_too_short": "must not be empty",
+    "string_pattern_mismatch": "may hold letters, digits, '.', '_' and '-' only",
+    "value_error": "{error}",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One key that cannot stay as it is; `leaf` is the configuration's key that `key` lies in."""
+
+    key: str
+    text: str
+    given: Any = NOT_GIVEN
+    leaf: str = ""
+
+    def __str__(self) -> str:
+        if self.given is NOT_GIVEN:
+            return f"{self.key}: {self.text}"
+        value = format_value(self.given)
+        if len(value) > LONGEST_VALUE:
+            value = value[: LONGEST_VALUE - 1] + "…"
+        return f"{self.key} = {value}: {self.text}"
+
+
+def config_error(problems: list[Problem]) -> ConfigError:
+    """Return one error for all problems: a single line, or a summary and a line for each."""
+    if len(problems) == 1:
+        return ConfigError(str(problems[0]))
+    return ConfigError("\n  ".join([f"{len(problems)} problems in the configuration:", *map(str, problems)]))
+
+
+def translate(error: ValidationError, keys: dict[str, list[str]]) -> list[Problem]:
+    """Return pydantic's findings in the words above; `keys` are the known keys of each section."""
+    problems = []
+    for found in error.errors(include_url=False):
+        location = found["loc"]
+        given = NOT_GIVEN if found["type"] == "missing" else found["input"]
+        if found["type"] == "extra_forbidden":
+            text = unknown_key(location, keys)
+        elif found["type"] == "literal_error":
+            choices = re.findall(r"'([^']*)'", found.get("ctx", {})["expected"])
+            text = f"must be one of {', '.join(choices)}{nearest(str(given), choices)}"
+        elif found["type"] in WORDS:
+            text = WORDS[found["type"]].format(**found.get("ctx", {}))
+        else:
+            text = found["msg"]
+        problems.append(Problem(_path(location), text, given, ".".join(map(str, location[:2]))))
+    return problems
+
+
+def unknown_key(location: tuple[int | str, ...], keys: dict[str, list[str]]) -> str:
+    """Say that a key is unknown, with the nearest known one of its section or of another."""
+    *parents, last = map(str, location)
+    siblings = keys.get(".".join(parents), [])
+    elsewhere = {key: f"{section}.{key}" for section, names in keys.items() if section for key in names}
+    if last in elsewhere:
+        return f"unknown key; did you mean {elsewhere[last]!r}?"
+    hint = nearest(last, siblings)
+    if not hint and (close := difflib.get_close_matches(last, list(elsewhere), n=1)):
+        hint = f"; did you mean {elsewhere[close[0]]!r}?"
+    return f"unknown key{hint or '; known here: ' + ', '.join(siblings)}"
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """Return `moe.balancers[0].name` for `("moe", "balancers", 0, "name")`."""
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    return path.lstrip(".") or "configuration"

@@ -1,0 +1,282 @@
+"""The one typed tree of a run: data, model, mixture-of-experts layers, training.
+
+Every key, its unit and its default stand here once; `docs/configuration.md` is written from these descriptions.
+`Config(...)`, `Config.model_validate` and `load_config` report all problems together, as one `ConfigError`.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from himoe.config.problems import Problem, config_error, translate
+from himoe.config.rules import broken_rules, fill_in, flatten
+from himoe.errors import ConfigError
+from himoe.registry import TABLES, check_name, nearest
+
+STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _entry_of(table: str) -> AfterValidator:
+    """Accept a name of the table, or somebody's own `"package.module:Class"`."""
+
+    def check(name: str) -> str:
+        try:
+            check_name(table, name)
+        except ConfigError:
+            known = list(TABLES[table])
+            allowed = f"must be one of {', '.join(known)}, or your own 'package.module:Class'"
+            raise ValueError(allowed + nearest(name, known)) from None
+        return name
+
+    return AfterValidator(check)
+
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class DataConfig(BaseModel):
+    """What is read, and how it becomes tokens."""
+
+    model_config = STRICT
+
+    path: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Text file or folder; its first-level sub-folders or files are the domains. "
+        "A relative path counts from the working directory. None: text that every Python installation has",
+    )
+    tokenizer: Literal["bpe", "byte"] = Field(
+        default="bpe", description="`bpe` is trained on the training part; `byte` reads the UTF-8 bytes as they are"
+    )
+    vocab_size: int = Field(
+        default=4096, ge=258, description="Entries of the `bpe` vocabulary; `byte` has its own fixed size"
+    )
+    held_out: float = Field(
+        default=0.1,
+        gt=0,
+        lt=1,
+        description="Share of each domain's documents kept for evaluation, chosen by document hash",
+    )
+    eval_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens of each domain that an evaluation during training reads; "
+        "the final one reads all. None: always all",
+    )
+
+
+class ModelConfig(BaseModel):
+    """The decoder around the mixture-of-experts layers."""
+
+    model_config = STRICT
+
+    dim: int = Field(ge=1, description="Width of the residual stream")
+    num_layers: int = Field(ge=1, description="Decoder layers, each attention and a feed-forward part")
+    num_heads: int = Field(ge=1, description="Query heads; divides `model.dim` into heads of even width")
+    num_kv_heads: int = Field(ge=1, description="Key and value heads; divides `model.num_heads`")
+    ffn_dim: int = Field(ge=1, description="Hidden width of the layers that are not mixture-of-experts layers")
+    tie_embeddings: bool = Field(default=True, description="Use the input embedding as the output head too")
+    rope_theta: float = Field(default=10000.0, gt=0, description="Base of the rotary position embedding")
+    qk_norm: bool = Field(default=True, description="Normalise queries and keys of each head")
+
+
+class BalancerEntry(BaseModel):
+    """One balancer by name; every further key is an option of its constructor."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+    name: Annotated[str, _entry_of("balancers")]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return the keys beside `name`."""
+        return dict(self.model_extra or {})
+
+
+class MoEConfig(BaseModel):
+    """The mixture-of-experts layers: which they are, their size, and how tokens find experts."""
+
+    model_config = STRICT
+
+    every: int = Field(
+        default=1, ge=0, description="Layer i has experts if (i + 1) is a multiple of this. 0: no layer has"
+    )
+    layers: list[int] | None = Field(
+        default=None, description="Indices of the layers that have experts, from 0; replaces `moe.every`"
+    )
+    num_experts: int = Field(ge=1, description="Routed experts of a layer, E")
+    num_groups: int = Field(
+        default=1, ge=1, description="Groups of experts, G; equal and contiguous unless `moe.groups` is given"
+    )
+    groups: list[Annotated[list[int], Field(min_length=1)]] | None = Field(
+        default=None,
+        description="The experts of each group, where groups are unequal; every expert stands in exactly one",
+    )
+    top_k: int = Field(ge=1, description="Experts of each token, K, over all groups")
+    top_k_per_group: list[Count] | None = Field(
+        default=None, description="Experts of each token in each group, where they differ; they sum to `moe.top_k`"
+    )
+    expert_dim: int = Field(ge=1, description="Hidden width of one routed expert, F")
+    shared_dim: int = Field(
+        default=0, ge=0, description="Hidden width of the shared expert that every token passes. 0: none"
+    )
+    experts: Annotated[str, _entry_of("experts")] = Field(
+        default="swiglu", description="Kind of expert (`himoe list experts`)"
+    )
+    preset: Annotated[str, _entry_of("presets")] | None = Field(
+        default="hi_moe",
+        description="Router and balancing of one paper (`himoe list presets`). None, and the default once "
+        "`moe.selector` is given: spelled out by selector, score and balancers",
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Options of the preset (`himoe list presets NAME`)"
+    )
+    selector: Annotated[str, _entry_of("selectors")] | None = Field(
+        default=None, description="How experts are chosen from scores (`himoe list selectors`), in place of a preset"
+    )
+    score: Annotated[str, _entry_of("scores")] | None = Field(
+        default=None, description="How logits become scores (`himoe list scores`), beside a selector. None: softmax"
+    )
+    balancers: list[BalancerEntry] = Field(
+        default_factory=list,
+        description="Balancing strategies, each a table with `name` (`himoe list balancers`) and its options; "
+        "beside a preset they join its own",
+    )
+    renormalize: bool = Field(
+        default=True,
+        description="Divide the weights of a token's experts by their sum. A preset may settle this itself",
+    )
+    capacity_factor: float | None = Field(
+        default=None,
+        gt=0,
+        description="Places of an expert, in multiples of its fair share; pairs beyond are dropped. None: no limit",
+    )
+    capacity_order: Literal["token_major", "column_major"] = Field(
+        default="token_major", description="Order in which tokens take an expert's places; `column_major` is not causal"
+    )
+    backend: Literal["auto", "loop", "grouped"] = Field(default="auto", description="How the experts are computed")
+    force: bool = Field(default=False, description="Train although a guard refuses the combination")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, data: Any) -> Any:
+        return fill_in(data)
+
+
+class TrainConfig(BaseModel):
+    """The training run."""
+
+    model_config = STRICT
+
+    steps: int = Field(ge=1, description="Optimizer steps")
+    batch_size: int = Field(ge=1, description="Sequences of an optimizer step")
+    accumulate: int = Field(
+        default=1, ge=1, description="Micro-batches that a step's sequences are split into, to save memory"
+    )
+    seq_len: int = Field(ge=1, description="Tokens of a sequence")
+    learning_rate: float = Field(gt=0, description="Highest learning rate, reached after the warm-up")
+    min_learning_rate_ratio: float = Field(
+        default=0.1, ge=0, le=1, description="Learning rate at the end, as a share of the highest"
+    )
+    warmup_steps: int = Field(default=0, ge=0, description="Steps over which the learning rate rises in a line from 0")
+    schedule: Literal["cosine", "wsd"] = Field(
+        default="cosine",
+        description="Learning rate after the warm-up: a cosine, or constant with a linear decay at the end",
+    )
+    decay_fraction: float = Field(default=0.2, gt=0, le=1, description="Share of the steps in which `wsd` decays")
+    weight_decay: float = Field(
+        default=0.1,
+        ge=0,
+        description="AdamW's weight decay, on weight matrices only, never on norms, scales and biases",
+    )
+    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), strict=False, description="AdamW's two decay rates")
+    grad_clip: float = Field(default=1.0, gt=0, description="Largest norm of all gradients together")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="`bf16`: autocast, with fp32 weights and routing"
+    )
+    log_every: int = Field(default=10, ge=1, description="Steps between lines of `metrics.jsonl` and `load.jsonl`")
+    eval_every: int = Field(default=100, ge=1, description="Steps between evaluations; the last step always evaluates")
+    checkpoint_every: int = Field(
+        default=100, ge=1, description="Steps between checkpoints; the last step always saves one"
+    )
+    keep_checkpoints: int = Field(default=2, ge=1, description="Checkpoints that stay on the disk, the newest")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads. None: what PyTorch chooses")
+
+
+class Config(BaseModel):
+    """Everything that decides a run.
+
+    >>> from himoe.config import load_config
+    >>> load_config("lm_tiny", sets=["train.steps=5"]).train.steps
+    5
+    """
+
+    model_config = STRICT
+
+    name: str = Field(
+        pattern=r"^[\w.-]+$",
+        description="Name of the run, used for its folder. Default: the recipe's or the file's name",
+    )
+    seed: int = Field(
+        default=0, ge=0, lt=2**63, description="Decides the initial weights, the training order and all noise"
+    )
+    data: DataConfig = Field(default_factory=DataConfig)
+    model: ModelConfig
+    moe: MoEConfig
+    train: TrainConfig
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _report_all(cls, data: Any, handler: Any) -> Self:
+        """Turn pydantic's report and every broken rule into one `ConfigError`."""
+        try:
+            config = handler(data)
+        except ValidationError as error:
+            problems = translate(error, key_tree(cls))
+            raise config_error(problems + _rules_on_the_sound_part(data, problems)) from None
+        problems = broken_rules(flatten(config.model_dump()))
+        if problems:
+            raise config_error(problems)
+        return config
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Return the indices of the layers that have experts."""
+        if self.moe.layers is not None:
+            return sorted(self.moe.layers)
+        every = self.moe.every
+        return [index for index in range(self.model.num_layers) if every and (index + 1) % every == 0]
+
+
+def key_tree(model: type[BaseModel]) -> dict[str, list[str]]:
+    """Return the keys of every section, those of the top under the empty name."""
+    sections = {key: field.annotation for key, field in model.model_fields.items()}
+    tree = {"": list(sections)}
+    for name, section in sections.items():
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            tree[name] = list(section.model_fields)
+    return tree
+
+
+def _rules_on_the_sound_part(data: Any, problems: list[Problem]) -> list[Problem]:
+    """Apply the rules whose keys have no problem of their own."""
+    if not isinstance(data, Mapping):
+        return []
+    values: dict[str, Any] = {}
+    for section, field in Config.model_fields.items():
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            continue
+        given = data.get(section, {})
+        given = given.model_dump() if isinstance(given, BaseModel) else given
+        given = fill_in(given) if section == "moe" else given
+        defaults = {
+            key: leaf.get_default(call_default_factory=True)
+            for key, leaf in field.annotation.model_fields.items()
+            if not leaf.is_required()
+        }
+        if isinstance(given, Mapping):
+            values |= flatten({section: defaults | dict(given)})
+    unsound = {problem.leaf for problem in problems}
+    return broken_rules({key: value for key, value in values.items() if key not in unsound})

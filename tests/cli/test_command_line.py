@@ -1,0 +1,193 @@
+"""What every verb shares: help, one clear line for bad input, exit codes."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+import himoe
+from himoe.cli import VERBS, main
+from himoe.errors import HimoeWarning
+
+WITHOUT_TORCH = """
+import sys
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        assert name.partition(".")[0] != "torch", "torch is imported"
+sys.meta_path.insert(0, NoTorch())
+from himoe.cli import main
+for arguments, code in [
+    (["--help"], 0), (["train", "--help"], 0), (["list"], 0), (["list", "presets", "hi_moe"], 0), (["--version"], 0),
+    (["train", "--dry-run"], 0), (["train", "--set", "moe.top_k=99"], 2), (["eval", "nowhere"], 2), (["trian"], 2),
+]:
+    assert main(arguments) == code, arguments
+"""
+
+
+def failure(capsys, *arguments):
+    """Return the one line on stderr of a command that must fail with status 2 and print nothing else."""
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("himoe: ")
+    assert err.count("\n") == 1
+    return err.removeprefix("himoe: ").rstrip("\n")
+
+
+def test_help_list_dry_run_and_bad_input_answer_without_torch():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_argument_and_help_print_the_same_and_name_every_verb(capsys):
+    assert main([]) == 0
+    bare = capsys.readouterr().out
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out == bare
+    assert all(f"\n  {verb} " in bare for verb in VERBS)
+    assert max(map(len, bare.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_has_worked_examples_and_fits_80_columns(capsys, monkeypatch, verb):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([verb, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.count(f"\n  himoe {verb}") >= 2
+    assert "None" not in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"himoe {himoe.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["trian"], "no verb 'trian'; known: train, eval, report, list; did you mean 'train'?"),
+        (["train", "--sett", "a=b"], "unknown option '--sett'; did you mean '--set'? (see himoe train --help)"),
+        (["train", "--dryrun"], "unknown option '--dryrun'; did you mean '--dry-run'?"),
+        (["list", "--jsn"], "unknown option '--jsn'; did you mean '--json'?"),
+        (["train", "a", "b"], "unexpected argument 'b' (see himoe train --help)"),
+        (["train", "--out"], "Missing value for argument '--out'"),
+        (["train", "--set", "steps"], "--set steps: must look like key=value"),
+        (["train", "lm_tny"], "no recipe 'lm_tny'; known: lm_demo, lm_tiny; did you mean 'lm_tiny'?"),
+        (["train", "nowhere.toml"], "no configuration file nowhere.toml"),
+        (["train", "--set", "moe.top_k=99"], "moe.top_k = 99: must be ≤ moe.num_experts (16)"),
+        (["eval"], "name a run folder"),
+        (["report"], "name a run folder"),
+        (["eval", "nowhere"], "run folder nowhere does not exist"),
+        (["report", "."], "run folder . holds no config.json, so it is no run folder"),
+        (
+            ["list", "scors"],
+            "no table 'scors'; known: balancers, selectors, scores, experts, presets, recipes; did you",
+        ),
+        (["list", "scores", "sofmax"], "no entry 'sofmax' in scores; known: softmax, sigmoid; did you mean 'softmax'?"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(capsys, tmp_path, monkeypatch, arguments, text):
+    monkeypatch.chdir(tmp_path)
+    assert text in failure(capsys, *arguments)
+
+
+def test_debug_adds_the_traceback(capsys):
+    assert main(["train", "lm_tny", "--debug"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback")
+    assert err.splitlines()[-1].startswith("himoe: no recipe 'lm_tny'")
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "text"),
+    [
+        (KeyboardInterrupt(), 130, "himoe: stopped\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/x"),
+            2,
+            "himoe: no space left on the disk: runs/x; free",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "himoe: Permission denied: /x\n"),
+    ],
+)
+def test_what_the_system_raises_becomes_one_line(capsys, monkeypatch, raised, status, text):
+    def fail(self, command):
+        raise raised
+
+    monkeypatch.setattr(VERBS["list"], "run", fail)
+    assert main(["list"]) == status
+    err = capsys.readouterr().err
+    assert err.startswith(text)
+    assert err.count("\n") == 1
+
+
+def test_a_fault_of_our_own_is_not_hidden(monkeypatch):
+    def fail(self, command):
+        raise AssertionError("broken invariant")
+
+    monkeypatch.setattr(VERBS["list"], "run", fail)
+    with pytest.raises(AssertionError, match="broken invariant"):
+        main(["list"])
+
+
+def test_our_warnings_are_one_line_and_others_stay_as_they_are(capsys, monkeypatch):
+    def warn(self, command):
+        warnings.warn("λ_inter is above λ_intra", HimoeWarning, stacklevel=1)
+        warnings.warn("somebody else's", UserWarning, stacklevel=1)
+        return 0
+
+    monkeypatch.setattr(VERBS["list"], "run", warn)
+    shown = warnings.showwarning
+    with pytest.warns(UserWarning, match="somebody else's"):
+        assert main(["list"]) == 0
+    assert capsys.readouterr().err == "himoe: warning: λ_inter is above λ_intra\n"
+    assert warnings.showwarning is shown  # a library that calls main() gets its own way back
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "himoe", "list", "recipes", "lm_tiny"], stdout=write, stderr=subprocess.PIPE, check=False
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_list_shows_every_table_with_a_line_for_each_name(capsys):
+    assert main(["list", "--json"]) == 0
+    tables = json.loads(capsys.readouterr().out)
+    assert list(tables) == ["balancers", "selectors", "scores", "experts", "presets", "recipes"]
+    for table in tables.values():
+        assert all(len(entry["description"]) > 10 for entry in table), table
+    assert main(["list"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {entry['name']} " in text for table in tables.values() for entry in table)
+
+
+def test_list_of_one_table_and_of_one_entry(capsys):
+    assert main(["list", "scores", "--json"]) == 0
+    assert [entry["name"] for entry in json.loads(capsys.readouterr().out)["scores"]] == ["softmax", "sigmoid"]
+    assert main(["list", "balancers", "loss_free", "--json"]) == 0
+    entry = json.loads(capsys.readouterr().out)
+    assert entry["where"] == "himoe.balance.loss_free:LossFree"
+    assert entry["signature"].startswith("LossFree(")
+    assert "self" not in entry["signature"]
+    assert main(["list", "balancers", "loss_free"]) == 0
+    text = capsys.readouterr().out
+    assert entry["signature"] in text
+    assert entry["text"].splitlines()[-1] in text
+
+
+def test_list_of_a_recipe_is_its_file(capsys, tmp_path):
+    assert main(["list", "recipes", "lm_tiny"]) == 0
+    (tmp_path / "my.toml").write_text(capsys.readouterr().out, encoding="utf-8")
+    assert main(["train", str(tmp_path / "my.toml"), "--dry-run"]) == 0
+    assert main(["train", "lm_tiny", "--set", "name=my", "--dry-run"]) == 0
+    first, second = capsys.readouterr().out.split("name = ")[1:]
+    assert first.replace("none", "") == second.replace("none", "")

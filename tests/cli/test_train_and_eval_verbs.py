@@ -1,0 +1,202 @@
+"""What the verbs hand to the run, and what they print of its results; the run itself is a stand-in."""
+
+import json
+import os
+import sys
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from himoe.cli import main
+from himoe.config import load_config
+
+LAYER = {"max_vio_window": 0.125, "max_vio_batch": 0.5, "cv_window": 0.25, "group_mass": 0.26, "concentration": 0.75}
+SUMMARY = {
+    "status": "finished",
+    "step": 20,
+    "tokens": 10_240,
+    "seconds": 4.0,
+    "tokens_per_second": 2560.0,
+    "bits_per_byte": 1.5,
+    "domains": {
+        "code": {"bits_per_byte": 1.8, "perplexity": 12.5, "unigram": 4.5, "bigram": 3.6},
+        "[prose]": {"bits_per_byte": 4.4, "perplexity": 9.0, "unigram": 4.5, "bigram": 4.0},
+    },
+    "layers": [{"layer": 0, **LAYER}, {"layer": 3, **LAYER, "max_vio_window": 2.0}],
+    "peak_memory_mib": 321.0,
+}
+
+
+@pytest.fixture
+def calls(monkeypatch, tmp_path):
+    """Put a stand-in for the run in place, in an empty working directory; return what it is called with."""
+    made = SimpleNamespace(summary=dict(SUMMARY), train=None, evaluate=None, report=None)
+
+    def train(config, **given):
+        made.train = {"config": config, **given}
+        given["console"].print("progress")
+        return made.summary
+
+    def evaluate(run, **given):
+        made.evaluate = {"run": run, **given}
+        return {"run": str(run), "domains": {"code": {"bits_per_byte": 1.75, "perplexity": 12.0, "loss": 2.48}}}
+
+    def write_report(run, out=None):
+        made.report = (run, out)
+        return out or run / "report.html"
+
+    monkeypatch.setitem(sys.modules, "himoe.run", SimpleNamespace(train=train, evaluate=evaluate))
+    monkeypatch.setitem(sys.modules, "himoe.report", SimpleNamespace(write_report=write_report))
+    monkeypatch.chdir(tmp_path)
+    return made
+
+
+def store_run(folder, *, finished, age=0):
+    """Write the files by which a run folder is known."""
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    config = load_config("lm_tiny", sets=["train.steps=7"]).model_dump(mode="json")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    if finished is not None:
+        status = "finished" if finished else "interrupted"
+        (folder / "summary.json").write_text(json.dumps({"status": status}), encoding="utf-8")
+    written = 1_700_000_000 - age
+    os.utime(folder / "config.json", (written, written))
+    return folder
+
+
+def test_train_hands_everything_to_the_run(calls):
+    arguments = [
+        "train",
+        "lm_tiny",
+        "--data",
+        "texts",
+        "--out",
+        "o",
+        "--set",
+        "train.steps=5",
+        "--set",
+        "seed=3",
+        "--force",
+    ]
+    assert main(arguments) == 0
+    made = calls.train
+    assert made["config"] == load_config("lm_tiny", sets=["train.steps=5", "seed=3", "data.path=texts"])
+    assert (made["out"], made["resume"], made["force"]) == (Path("o"), False, True)
+    assert made["command"] == ["himoe", *arguments]
+
+
+def test_train_alone_takes_the_default_recipe_and_a_new_folder(calls):
+    assert main(["train"]) == 0
+    assert calls.train["config"] == load_config("lm_demo")
+    assert calls.train["out"].parent == Path("runs")
+    name, day, clock = calls.train["out"].name.split("-")
+    assert (name, len(day), len(clock)) == ("lm_demo", 8, 6)
+
+
+def test_closing_tables_say_what_came_of_the_run(calls, capsys):
+    assert main(["train", "lm_tiny", "--out", "o"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines if line.strip()}
+    assert rows["code"] == ["1.800", "4.500", "3.600", "50.0", "%", "12.50"]
+    assert rows["[prose]"] == ["4.400", "4.500", "4.000", "-10.0", "%", "9.00"]
+    assert rows["3"] == ["2.000", "0.500", "0.250", "0.260", "0.750"]
+    assert " ".join(rows["finished"]) == "step 20, 10,240 tokens in 4 s"
+    assert " ".join(rows["speed"]) == "2,560 tokens/s, peak memory 321 MiB"
+    assert rows["report"] == ["o/report.html"]
+    assert max(map(len, lines)) <= 80
+
+
+def test_json_is_one_document_on_stdout_and_progress_goes_to_stderr(calls, capsys):
+    assert main(["train", "lm_tiny", "--out", "o", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"run": "o", **SUMMARY}
+    assert err == "progress\n"
+
+
+def test_a_run_stopped_before_any_evaluation_still_closes_cleanly(calls, capsys):
+    calls.summary |= {
+        "status": "interrupted",
+        "domains": {},
+        "layers": [],
+        "tokens_per_second": None,
+        "bits_per_byte": None,
+    }
+    assert main(["train", "lm_tiny", "--out", "o"]) == 130
+    assert "interrupted  step 20" in capsys.readouterr().out
+
+
+def test_dry_run_prints_a_file_that_gives_the_same_configuration(calls, capsys, tmp_path):
+    assert main(["train", "lm_tiny", "--set", "train.steps=5", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert tomllib.loads(text)["train"]["steps"] == 5
+    Path("again.toml").write_text(text, encoding="utf-8")
+    assert load_config("again.toml") == load_config("lm_tiny", sets=["train.steps=5"])
+    assert main(["train", "lm_tiny", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == load_config("lm_tiny").model_dump(mode="json")
+    assert calls.train is None
+    assert [path.name for path in tmp_path.iterdir()] == ["again.toml"]
+
+
+def test_resume_takes_the_configuration_of_the_run(calls):
+    run = store_run("somewhere", finished=None)
+    assert main(["train", "--resume", "--out", str(run)]) == 0
+    assert calls.train["config"].train.steps == 7
+    assert (calls.train["out"], calls.train["resume"]) == (run, True)
+
+
+def test_resume_alone_takes_the_newest_unfinished_run(calls, capsys):
+    assert main(["train", "--resume"]) == 2
+    assert "no unfinished run under runs/" in capsys.readouterr().err
+    store_run("runs/a", finished=None, age=300)
+    store_run("runs/b", finished=False, age=200)
+    store_run("runs/c", finished=True, age=100)
+    assert main(["train", "--resume"]) == 0
+    assert calls.train["out"] == Path("runs/b")
+    (Path("runs/c") / "summary.json").write_text("{", encoding="utf-8")  # killed while it was written
+    assert main(["train", "--resume"]) == 0
+    assert calls.train["out"] == Path("runs/c")
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [(["lm_tiny"], "a recipe"), (["--set", "seed=1"], "--set"), (["--data", "x"], "--data"), (["--force"], "--force")],
+)
+def test_resume_refuses_what_would_change_the_run(calls, capsys, extra, named):
+    store_run("runs/a", finished=None)
+    assert main(["train", "--resume", *extra]) == 2
+    assert f"--resume takes everything from the run folder; leave {named} out" in capsys.readouterr().err
+    assert calls.train is None
+
+
+def test_eval_prints_its_table_or_json(calls, capsys):
+    run = store_run("runs/a", finished=True)
+    assert main(["eval", str(run), "--data", "letters", "--checkpoint", "step-00000010"]) == 0
+    made = calls.evaluate
+    assert (made["run"], made["data"], made["checkpoint"]) == (run, Path("letters"), "step-00000010")
+    text = capsys.readouterr().out
+    assert "code" in text
+    assert "1.750" in text
+    assert "bigram" not in text  # unknown for other text
+    assert main(["eval", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["domains"]["code"]["bits_per_byte"] == 1.75
+    assert (calls.evaluate["data"], calls.evaluate["checkpoint"]) == (None, None)
+
+
+def test_report_prints_where_the_page_is(calls, capsys):
+    run = store_run("runs/a", finished=True)
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out == "runs/a/report.html\n"
+    assert main(["report", str(run), "--out", "page.html", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"report": "page.html"}
+    assert calls.report == (run, Path("page.html"))
+
+
+def test_a_wrong_or_missing_run_names_the_nearest(calls, capsys):
+    store_run("runs/lm_tiny-1", finished=True)
+    assert main(["eval", "runs/lm_tiny-2"]) == 2
+    assert "run folder runs/lm_tiny-2 does not exist; did you mean 'runs/lm_tiny-1'?" in capsys.readouterr().err
+    assert main(["report"]) == 2
+    assert "name a run folder, such as runs/lm_tiny-1" in capsys.readouterr().err
