@@ -60,6 +60,8 @@ def save_checkpoint(
             _save_tensors(temporary / name, tensors)
         files = {name: _fingerprint(temporary / name) for name in TENSOR_FILES}
         write_json(temporary / "state.json", {"format": FORMAT, "step": step, **state, "files": files})
+        for name in TENSOR_FILES:  # the library makes them private; whoever may read the run may read them
+            (temporary / name).chmod((temporary / "state.json").stat().st_mode)
         sync_folder(temporary)
         if target.exists():  # a damaged one, which training has now passed again
             target.rename(folder / f"{TEMPORARY}old-{target.name}")

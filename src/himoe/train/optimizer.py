@@ -33,11 +33,11 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def build_optimizer(
-    model: nn.Module, *, learning_rate: float, weight_decay: float = 0.1, betas: tuple[float, float] = (0.9, 0.95)
+    model: nn.Module, learning_rate: float, *, weight_decay: float = 0.1, betas: tuple[float, float] = (0.9, 0.95)
 ) -> torch.optim.AdamW:
     """Return AdamW over all trainable parameters, fused into one kernel where the device has one.
 
-    >>> optimizer = build_optimizer(nn.Linear(2, 2), learning_rate=1e-3)
+    >>> optimizer = build_optimizer(nn.Linear(2, 2), 1e-3)
     >>> [group["weight_decay"] for group in optimizer.param_groups]
     [0.1, 0.0]
     """

@@ -7,7 +7,8 @@ a run and a killed process loses at most half a line, which the next start cuts 
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def check_run_folder(out: Path, *, resume: bool = False, force: bool = False) ->
         if not _is_run_folder(out):
             raise RunFolderError(f"{out} holds no run to resume; start one without --resume")
         return
-    if not out.exists() or not any(out.iterdir()):
+    if not out.exists() or all(_is_temporary(path) for path in out.iterdir()):
         return
     if not _is_run_folder(out):
         raise RunFolderError(f"{out} is not empty and not a run folder; nothing was changed: choose another with --out")
@@ -40,6 +41,11 @@ def check_run_folder(out: Path, *, resume: bool = False, force: bool = False) ->
 
 def _is_run_folder(out: Path) -> bool:
     return (out / "config.json").is_file()
+
+
+def _is_temporary(path: Path) -> bool:
+    """Return whether `path` is what a process killed in its first moment may leave."""
+    return path.name in {f"{name}.tmp" for name in DOCUMENTS}
 
 
 def clear_run_folder(out: Path) -> None:
@@ -120,3 +126,16 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def truncate_log(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Keep only the records that `keep` accepts, replacing the file in one step."""
     write_text(path, "".join(json.dumps(record) + "\n" for record in read_log(path) if keep(record)))
+
+
+@contextmanager
+def readable_disk_errors(out: Path) -> Iterator[None]:
+    """Turn an OSError while writing under `out` (no space, no permission) into one RunFolderError."""
+    try:
+        yield
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        raise RunFolderError(
+            f"cannot write to run folder {out}: {error.strerror or error}{place}; every checkpoint already there is "
+            "whole: mend that, then go on with --resume"
+        ) from error

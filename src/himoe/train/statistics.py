@@ -72,9 +72,12 @@ class Statistics:
         return float(stats.max_vio(self._window.sum(0)).max()) if self.layer_indices else None
 
     def read(self) -> list[dict[str, Any]]:
-        """Return one record per layer as load.jsonl stores it (the interval's means and loads, the window's metrics)."""
-        _, steps, micro_batches = (max(1, count) for count in self._counts.tolist())
-        violation, mass, concentration = (self._sums / self._sums.new_tensor([[steps], [micro_batches], [micro_batches]])).tolist()
+        """Return one record per layer as load.jsonl stores it: the interval's loads and means, the window's metrics."""
+        if not self.layer_indices:
+            return []
+        _, steps, micro_batches = self._counts.clamp(min=1).tolist()
+        divisors = self._sums.new_tensor([steps, micro_batches, micro_batches])
+        violation, mass, concentration = (self._sums / divisors[:, None]).tolist()
         window = self._window.sum(0)
         window_violation, window_variation = stats.max_vio(window), stats.coefficient_of_variation(window)
         load = self._interval_load.tolist()

@@ -1,0 +1,80 @@
+"""What a person sees while training: a live bar on a terminal, now and then a plain line anywhere else."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+PLAIN_SECONDS = 10.0
+"""Least time between two plain lines."""
+
+
+@contextmanager
+def preparing(console: Console) -> Iterator[Callable[[str, float], None]]:
+    """Show on a terminal what data preparation is doing; give the function that reports it."""
+    with console.status("reading the text") as status:  # draws nothing where there is no terminal
+        yield lambda stage, done: status.update(f"preparing the text: {stage} {done:.0%}")
+
+
+class TrainingProgress:
+    """Shows the last training line: step, loss, tokens/s, MaxVio and time left.
+
+    Args:
+        console: where to write; a terminal gets a live bar.
+        steps: of the whole run.
+        done: steps already done when this process starts.
+    """
+
+    def __init__(self, console: Console, *, steps: int, done: int = 0) -> None:
+        self._console, self._steps, self._first = console, steps, done
+        self._started = perf_counter()
+        self._last_plain = -PLAIN_SECONDS
+        self._bar = None
+        if console.is_terminal:
+            columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, console=console, refresh_per_second=2)
+            self._task = self._bar.add_task("starting", total=steps, completed=done)
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def advance(self, step: int) -> None:
+        """Move the bar to `step`."""
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    def show(self, line: dict[str, Any]) -> None:
+        """Show a training line of metrics.jsonl."""
+        text = self.describe(line)
+        if self._bar:
+            self._bar.update(self._task, description=text, completed=line["step"])
+            return
+        now = perf_counter() - self._started
+        if now - self._last_plain >= PLAIN_SECONDS or line["step"] == self._steps:
+            self._last_plain = now
+            self.say(f"step {line['step']}/{self._steps} · {text}")
+
+    def describe(self, line: dict[str, Any]) -> str:
+        """Return the line's numbers and the time left as text."""
+        step = line["step"]
+        seconds = (perf_counter() - self._started) / max(1, step - self._first) * (self._steps - step)
+        parts = [f"loss {line['loss']:.3f}", f"{line['tokens_per_second']:,.0f} tokens/s"]
+        if line["max_vio"] is not None:
+            parts.append(f"MaxVio {line['max_vio']:.2f}")
+        return " · ".join([*parts, f"{int(seconds) // 60}:{int(seconds) % 60:02} left"])
+
+    def say(self, text: str) -> None:
+        """Print one line above the bar."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)

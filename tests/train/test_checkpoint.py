@@ -1,0 +1,223 @@
+import errno
+import json
+import os
+
+import pytest
+import safetensors.torch
+import torch
+from tiny_training import TinyLM, equal, make_trainer, weights
+
+from himoe.errors import CheckpointError
+from himoe.train import checkpoint as module
+from himoe.train.checkpoint import (
+    list_checkpoints,
+    load_checkpoint,
+    load_model_tensors,
+    model_tensors,
+    newest_whole,
+    save_checkpoint,
+)
+from himoe.train.resume import check_same_run, restore, save
+
+CONFIG = {"seed": 0, "train": {"steps": 20, "log_every": 5}, "moe": {"options": {"alpha": 0.1}}}
+
+
+def save_trainer(trainer, folder, keep=2):
+    return save(trainer, folder, seconds=1.0, config=CONFIG, data_hash="abc", keep=keep)
+
+
+def save_plain(folder, step, keep=9):
+    tensors = {"x": torch.full((3,), float(step))}
+    return save_checkpoint(folder, step, model=tensors, trainer=tensors, state={}, keep=keep)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("stop", [1, 4, 7])
+def test_a_resumed_trainer_equals_an_uninterrupted_one_bit_for_bit(tmp_path, stop):
+    whole, first = make_trainer(), make_trainer()
+    for _ in range(9):
+        whole.step()
+    for _ in range(stop):
+        first.step()
+    path = save_trainer(first, tmp_path)
+    second = make_trainer(seed=99)  # other weights, another generator state: all must come from the checkpoint
+    assert restore(second, path, CONFIG, "abc")["seconds"] == 1.0
+    for _ in range(9 - stop):
+        second.step()
+    assert equal(weights(whole), weights(second))
+    assert whole.means.read() == second.means.read()
+    assert whole.statistics.read() == second.statistics.read()
+    assert (whole.steps_done, whole.tokens_done) == (second.steps_done, second.tokens_done)
+
+
+def test_the_random_generator_goes_on_where_it_was(tmp_path):
+    trainer = make_trainer()
+    trainer.step()
+    path = save_trainer(trainer, tmp_path)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    restore(make_trainer(), path, CONFIG, "abc")
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_balancer_state_and_optimizer_state_are_in_it(tmp_path):
+    trainer = make_trainer()
+    trainer.step()
+    saved = load_checkpoint(save_trainer(trainer, tmp_path))
+    assert any("balancer" in name for name in saved.model)
+    assert {"optimizer/embedding.weight/exp_avg", "optimizer/embedding.weight/step", "random/cpu"} <= set(saved.trainer)
+
+
+def test_a_tied_weight_is_stored_once_and_loaded_twice(tmp_path):
+    model, other = TinyLM(), TinyLM()
+    tensors = model_tensors(model)
+    assert "embedding.weight" in tensors and "head.weight" not in tensors
+    load_model_tensors(other, tensors, tmp_path)
+    assert torch.equal(other.head.weight, model.embedding.weight)
+    assert other.head.weight is other.embedding.weight
+
+
+def test_nothing_is_pickled(tmp_path):
+    path = save_plain(tmp_path, 1)
+    assert names(path) == ["model.safetensors", "optimizer.safetensors", "state.json"]
+    assert torch.equal(safetensors.torch.load_file(path / "model.safetensors")["x"], torch.ones(3))
+    assert json.loads((path / "state.json").read_text())["step"] == 1
+
+
+def test_only_the_last_ones_stay(tmp_path):
+    for step in (1, 2, 3, 4):
+        save_plain(tmp_path, step, keep=2)
+    assert names(tmp_path) == ["step-00000003", "step-00000004"]
+
+
+def test_steps_are_ordered_by_number(tmp_path):
+    for step in (99_999_999, 100_000_000):
+        save_plain(tmp_path, step)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-99999999", "step-100000000"]
+
+
+@pytest.mark.parametrize("moment", ["_save_tensors", "_fingerprint", "write_json", "sync_folder"])
+def test_a_kill_at_any_moment_leaves_the_previous_one_whole(tmp_path, monkeypatch, moment):
+    save_plain(tmp_path, 1)
+
+    class Killed(BaseException):
+        pass
+
+    def die(*args):
+        raise Killed
+
+    monkeypatch.setattr(module, moment, die)
+    monkeypatch.setattr(module, "remove_leftovers", lambda folder: None)  # a killed process tidies nothing
+    with pytest.raises(Killed):
+        save_plain(tmp_path, 2)
+    monkeypatch.undo()
+    path, damage = newest_whole(tmp_path)
+    assert path == tmp_path / "step-00000001" and not damage
+    save_plain(tmp_path, 2)
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_a_full_disk_is_an_os_error_and_leaves_no_rubbish(tmp_path, monkeypatch):
+    save_plain(tmp_path, 1)
+
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(OSError) as error:
+        save_plain(tmp_path, 2)
+    assert error.value.errno == errno.ENOSPC
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def damage_by_flipping(path):
+    content = bytearray((path / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (path / "model.safetensors").write_bytes(content)
+
+
+def damage_by_cutting(path):
+    os.truncate(path / "optimizer.safetensors", 10)
+
+
+def damage_by_deleting(path):
+    (path / "model.safetensors").unlink()
+
+
+def damage_the_state(path):
+    (path / "state.json").write_text('{"step": 2')
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (damage_by_flipping, "content of model.safetensors"),
+        (damage_by_cutting, "optimizer.safetensors has 10 bytes"),
+        (damage_by_deleting, "model.safetensors is missing"),
+        (damage_the_state, "state.json cannot be read"),
+    ],
+)
+def test_damage_is_named_and_an_older_one_is_found(tmp_path, damage, words):
+    old, new = save_plain(tmp_path, 1), save_plain(tmp_path, 2)
+    damage(new)
+    with pytest.raises(CheckpointError, match=words):
+        load_checkpoint(new)
+    found, lines = newest_whole(tmp_path)
+    assert found == old
+    assert len(lines) == 1 and words in lines[0] and str(new) in lines[0]
+    damage(old)
+    with pytest.raises(CheckpointError, match="no older one is whole"):
+        newest_whole(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_replaced_when_training_passes_it_again(tmp_path):
+    save_plain(tmp_path, 1)
+    damage_by_cutting(save_plain(tmp_path, 2))
+    save_plain(tmp_path, 2)
+    assert newest_whole(tmp_path) == (tmp_path / "step-00000002", [])
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_a_damaged_newer_one_does_not_push_the_good_one_out(tmp_path):
+    save_plain(tmp_path, 1, keep=1)
+    damage_by_cutting(save_plain(tmp_path, 5))
+    save_plain(tmp_path, 2, keep=1)
+    assert newest_whole(tmp_path)[0] == tmp_path / "step-00000002"
+
+
+def test_no_checkpoint_is_none_and_no_folder_is_an_error(tmp_path):
+    assert newest_whole(tmp_path / "nowhere") == (None, [])
+    with pytest.raises(CheckpointError, match=r"not a checkpoint: it has no state\.json"):
+        load_checkpoint(tmp_path / "step-00000007")
+
+
+def test_another_model_is_refused_by_name(tmp_path):
+    tensors = model_tensors(TinyLM())
+    tensors["norm.weight"] = torch.ones(7)
+    tensors["extra"] = torch.ones(1)
+    with pytest.raises(CheckpointError, match=r"norm\.weight is \(7,\), the model has \(16,\); extra is not in the model"):
+        load_model_tensors(TinyLM(), tensors, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "data_hash", "words"),
+    [
+        ({**CONFIG, "seed": 1}, "abc", "seed was 0, now 1"),
+        ({**CONFIG, "train": {"steps": 30, "log_every": 5}}, "abc", r"train\.steps was 20, now 30"),
+        ({**CONFIG, "moe": {"options": {"alpha": 0.2}}}, "abc", r"moe\.options\.alpha was 0\.1, now 0\.2"),
+        (CONFIG, "abd", "other text"),
+    ],
+)
+def test_a_foreign_checkpoint_is_refused_with_what_differs(tmp_path, config, data_hash, words):
+    state = {"config": CONFIG, "data_hash": "abc"}
+    with pytest.raises(CheckpointError, match=words):
+        check_same_run(tmp_path, state, config, data_hash)
+
+
+def test_how_often_to_log_may_change(tmp_path):
+    state = {"config": CONFIG, "data_hash": "abc"}
+    check_same_run(tmp_path, state, {**CONFIG, "train": {"steps": 20, "log_every": 1}}, "abc")

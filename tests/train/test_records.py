@@ -1,0 +1,109 @@
+import json
+
+import pytest
+
+from himoe.errors import RunFolderError
+from himoe.train.records import (
+    Log,
+    check_run_folder,
+    clear_run_folder,
+    read_json,
+    read_log,
+    readable_disk_errors,
+    truncate_log,
+    write_json,
+)
+
+
+def make_run(folder):
+    (folder / "checkpoints/step-00000001").mkdir(parents=True)
+    for name in ("config.json", "env.json", "metrics.jsonl", "load.jsonl", "summary.json", "tokenizer.json", "report.html"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+def test_new_and_empty_folders_are_fine_and_stay_as_they_are(tmp_path):
+    check_run_folder(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    check_run_folder(tmp_path)
+    (tmp_path / "config.json.tmp").touch()  # what a process killed in its first moment leaves
+    check_run_folder(tmp_path)
+
+
+def test_a_run_is_replaced_only_by_force(tmp_path):
+    make_run(tmp_path)
+    with pytest.raises(RunFolderError, match="already holds a run; continue it with --resume, replace it with --force"):
+        check_run_folder(tmp_path)
+    check_run_folder(tmp_path, force=True)
+    check_run_folder(tmp_path, resume=True)
+
+
+def test_a_folder_of_other_things_is_not_even_replaced_by_force(tmp_path):
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(RunFolderError, match="not empty and not a run folder"):
+        check_run_folder(tmp_path, force=True)
+
+
+def test_a_file_is_no_folder_and_nothing_is_nothing_to_resume(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFolderError, match="is a file"):
+        check_run_folder(tmp_path / "file")
+    with pytest.raises(RunFolderError, match="holds no run to resume"):
+        check_run_folder(tmp_path / "nowhere", resume=True)
+
+
+def test_clearing_deletes_our_files_and_no_other(tmp_path):
+    make_run(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "checkpoints/mine").mkdir()
+    clear_run_folder(tmp_path)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "checkpoints",
+        "checkpoints/mine",
+        "notes.txt",
+    ]
+
+
+def test_a_document_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "summary.json"
+    write_json(path, {"step": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"loss": float("nan")})
+    assert read_json(path) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_lines_can_be_read_while_the_run_goes_on_and_a_torn_one_is_cut_off(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = Log(path)
+    for step in (1, 2, 3):
+        log.append({"step": step})
+    assert [line["step"] for line in read_log(path)] == [1, 2, 3]
+    log.close()
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')
+    truncate_log(path, lambda line: line["step"] <= 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    again = Log(path)
+    again.append({"step": 3})
+    again.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_missing_or_damaged_document_is_named(tmp_path):
+    with pytest.raises(RunFolderError, match=r"has no env\.json"):
+        read_json(tmp_path / "env.json")
+    (tmp_path / "env.json").write_text("{")
+    with pytest.raises(RunFolderError, match=r"env\.json is damaged"):
+        read_json(tmp_path / "env.json")
+
+
+def test_a_full_disk_is_one_line_that_says_what_to_do(tmp_path):
+    with (
+        pytest.raises(RunFolderError, match=r"No space left on device.*go on with --resume") as error,
+        readable_disk_errors(tmp_path),
+        open("/dev/full", "w") as file,
+    ):
+        file.write("x")
+        file.flush()
+    assert "\n" not in str(error.value)

@@ -1,0 +1,90 @@
+import pytest
+import torch
+
+from himoe.functional.groups import Groups
+from himoe.train.statistics import Statistics
+from himoe.types import Routing, RouterContext
+
+
+def routing(expert_ids, logits, kept=None, mask=None):
+    expert_ids, logits = torch.tensor(expert_ids), torch.tensor(logits)
+    selected = torch.ones_like(expert_ids, dtype=torch.bool)
+    return Routing(
+        logits=logits,
+        scores=logits.softmax(-1),
+        expert_ids=expert_ids,
+        weights=torch.ones(expert_ids.shape),
+        selected=selected,
+        kept=selected if kept is None else torch.tensor(kept),
+        context=RouterContext(mask=mask),
+    )
+
+
+FLAT = [[0.0] * 4]  # uniform over 4 experts in 2 groups: Σm² = 1/2, C = 1/2
+SHARP = [[100.0, 0.0, 0.0, 0.0]]  # all mass on one expert: Σm² = 1; C is 1 in its group, 1/2 in the other
+
+
+def step(statistics, *micro_batches):
+    for layers in micro_batches:
+        statistics.observe(layers)
+    statistics.end_step()
+
+
+def test_two_steps_by_hand():
+    statistics = Statistics([1, 3], Groups.equal(4, 2), window=5)
+    # Step 1, two micro-batches: layer 1 gets loads 2 0 0 0, layer 3 gets 1 1 0 0. Step 2: 0 0 0 1 and 0 0 1 0.
+    first, second = routing([[0]], FLAT), routing([[1]], SHARP)
+    step(statistics, [first, first], [first, second])
+    step(statistics, [routing([[3]], SHARP), routing([[2]], SHARP)])
+    one, two = statistics.read()
+    assert (one["layer"], two["layer"]) == (1, 3)
+    assert one["load"] == [2, 0, 0, 1] and two["load"] == [1, 1, 1, 0]
+    assert one["max_vio_batch"] == pytest.approx((3 + 3) / 2)
+    assert two["max_vio_batch"] == pytest.approx((1 + 3) / 2)
+    assert one["max_vio_window"] == pytest.approx(2 / 0.75 - 1)
+    assert two["cv_window"] == pytest.approx((3 * 0.25**2 + 0.75**2) ** 0.5 / 2 / 0.75)
+    assert one["group_mass"] == pytest.approx((0.5 + 0.5 + 1) / 3)
+    assert two["concentration"] == pytest.approx((0.5 + 0.75 + 0.75) / 3)
+    assert statistics.window_max_vio() == pytest.approx(2 / 0.75 - 1)
+
+
+def test_an_interval_ends_and_the_window_goes_on():
+    statistics = Statistics([0], Groups.equal(4, 2), window=3)
+    for expert in (0, 0, 1, 2):
+        step(statistics, [routing([[expert]], FLAT)])
+    assert statistics.read()[0]["load"] == [2, 1, 1, 0]
+    assert statistics.read()[0]["max_vio_window"] == pytest.approx(1 / 0.75 - 1)  # the first step has left the window
+    statistics.start_interval()
+    step(statistics, [routing([[3]], SHARP)])
+    (layer,) = statistics.read()
+    assert layer["load"] == [0, 0, 0, 1] and layer["max_vio_batch"] == 3
+    assert layer["group_mass"] == pytest.approx(1)
+    assert layer["cv_window"] == pytest.approx((0.75**2 + 3 * 0.25**2) ** 0.5 / 2 / 0.75)
+
+
+def test_dropped_pairs_and_padding_count_for_nothing():
+    statistics = Statistics([0], Groups.equal(4, 2))
+    mask = torch.tensor([True, False])
+    step(statistics, [routing([[0, 1], [2, 3]], FLAT + SHARP, kept=[[True, False], [False, False]], mask=mask)])
+    assert statistics.read()[0]["load"] == [1, 0, 0, 0]
+    assert statistics.read()[0]["group_mass"] == pytest.approx(0.5)
+
+
+def test_state_goes_through_a_checkpoint():
+    steps = [[routing([[e]], FLAT if e % 2 else SHARP)] for e in (0, 1, 3, 2, 2, 0)]
+    whole, first, second = (Statistics([0], Groups.equal(4, 2), window=4) for _ in range(3))
+    for layers in steps:
+        step(whole, layers)
+    for layers in steps[:3]:
+        step(first, layers)
+    second.load_tensors({name: tensor.clone() for name, tensor in first.tensors().items()})
+    for layers in steps[3:]:
+        step(second, layers)
+    assert second.read() == whole.read()
+
+
+def test_memory_is_of_the_order_of_experts():
+    statistics = Statistics([0], Groups.equal(64, 4), window=5)
+    before = sum(tensor.numel() for tensor in statistics.tensors().values())
+    step(statistics, [routing([[0]] * 1000, [[0.0] * 64] * 1000)])
+    assert sum(tensor.numel() for tensor in statistics.tensors().values()) == before < 10 * 64
