@@ -182,6 +182,12 @@ def test_list_of_one_table_and_of_one_entry(capsys):
     text = capsys.readouterr().out
     assert entry["signature"] in text
     assert entry["text"].splitlines()[-1] in text
+    assert '[[moe.balancers]]\nname = "loss_free"' in text
+
+
+def test_list_finds_a_constructor_in_a_base_class_of_the_same_file(capsys):
+    assert main(["list", "experts", "swiglu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["signature"].startswith("SwiGLUExperts(\n    num_experts: int,\n")
 
 
 def test_list_of_a_recipe_is_its_file(capsys, tmp_path):

@@ -76,7 +76,6 @@ ONE_PROBLEM = [
     (["moe.preset=none"], 'moe.selector = "none": must be given where moe.preset is none; give one of the two'),
     (["moe.score=sigmoid"], "moe.score = \"sigmoid\": cannot stand beside moe.preset ('hi_moe')"),
     ([*SPELLED, "moe.options={a = 1}"], "a balancer's options stand in its own entry of moe.balancers"),
-    (["moe.capacity_factor=1.0", "moe.capacity_order=column_major"], "moe.force = true allows it"),
     # groups of unequal size
     (["moe.groups=[[0, 1], [2, 3]]"], "must hold each expert from 0 to 7 exactly once"),
     (["moe.groups=[[0, 1, 1], [2, 3, 4, 5, 6, 7]]", "moe.top_k=2"], "exactly once"),
@@ -131,7 +130,6 @@ def test_long_values_are_cut():
 @pytest.mark.parametrize(
     "sets",
     [
-        ["moe.capacity_factor=1.0", "moe.capacity_order=column_major", "moe.force=true"],
         ["moe.selector=top_k", "moe.top_k=3"],  # flat selection need not be even over the groups
         ["moe.preset=my.package:router", "moe.top_k=3"],
         ["moe.preset=my.package:router", UNEQUAL, "moe.top_k=3"],

@@ -11,6 +11,7 @@ from himoe.errors import ConfigError
 from himoe.registry import TABLES, nearest
 
 KINDS = (*TABLES, "recipes")
+LINE = 80
 
 
 @dataclass(frozen=True)
@@ -66,17 +67,39 @@ def _definition(name: str, where: str) -> Details:
     for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == attribute:
             text = ast.get_docstring(node) or ""
-            return Details(name, text.partition("\n")[0], where, _signature(node), text)
+            return Details(name, text.partition("\n")[0], where, _signature(node, tree), text)
     return Details(name, "", where, "", "")
 
 
-def _signature(node: ast.ClassDef | ast.FunctionDef) -> str:
+def _signature(node: ast.ClassDef | ast.FunctionDef, tree: ast.Module) -> str:
     """Return `Name(argument: type = default, …)`, for a class that of its constructor."""
-    call = node
-    if isinstance(node, ast.ClassDef):
-        methods = [item for item in node.body if isinstance(item, ast.FunctionDef)]
-        call = next((method for method in methods if method.name == "__init__"), None)
-    if not isinstance(call, ast.FunctionDef):
-        return f"{node.name}()"
-    arguments = ast.unparse(call.args).removeprefix("self").removeprefix(", ")
-    return f"{node.name}({arguments})"
+    call = _constructor(node, tree) if isinstance(node, ast.ClassDef) else node
+    if call is None:
+        return node.name
+    call.args.args = [argument for argument in call.args.args if argument.arg != "self"]
+    line = f"{node.name}({ast.unparse(call.args)})"
+    return line if len(line) <= LINE else "\n    ".join([f"{node.name}(", *_arguments(call.args)]) + "\n)"
+
+
+def _constructor(node: ast.ClassDef, tree: ast.Module) -> ast.FunctionDef | None:
+    """Return the `__init__` of a class or of the bases that stand in the same file."""
+    own = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
+    bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
+    parents = [item for item in tree.body if isinstance(item, ast.ClassDef) and item.name in bases]
+    return own[0] if own else next(filter(None, (_constructor(parent, tree) for parent in parents)), None)
+
+
+def _arguments(args: ast.arguments) -> list[str]:
+    """Return each argument as it is written, with its type and default."""
+    required = [None] * (len(args.args) - len(args.defaults))
+    shown = [_argument(*pair) for pair in zip(args.args, [*required, *args.defaults], strict=True)]
+    if args.vararg or args.kwonlyargs:
+        shown.append(f"*{ast.unparse(args.vararg) if args.vararg else ''}")
+    shown += [_argument(*pair) for pair in zip(args.kwonlyargs, args.kw_defaults, strict=True)]
+    if args.kwarg:
+        shown.append(f"**{ast.unparse(args.kwarg)}")
+    return [f"{argument}," for argument in shown]
+
+
+def _argument(argument: ast.arg, default: ast.expr | None) -> str:
+    return ast.unparse(argument) + (f" = {ast.unparse(default)}" if default else "")

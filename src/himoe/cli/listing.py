@@ -11,6 +11,12 @@ from himoe.cli.catalogue import KINDS, details, entries
 from himoe.cli.parsing import option
 from himoe.cli.tables import print_details, print_entries
 
+# How an entry with options stands in a configuration file.
+USE = {
+    "presets": '[moe]\npreset = "{0}"\n\n[moe.options]  # its own options follow, a line each',
+    "balancers": '[[moe.balancers]]\nname = "{0}"  # its own options follow, a line each',
+}
+
 
 @dataclass(kw_only=True)
 class List:
@@ -40,7 +46,7 @@ class List:
         """Print the tables, or one entry."""
         if self.kind and self.name:
             found = details(self.kind, self.name)
-            print(json.dumps(found)) if self.as_json else print_details(found)
+            print(json.dumps(found)) if self.as_json else print_details(found, USE.get(self.kind, "").format(self.name))
             return 0
         tables = {kind: entries(kind) for kind in ([self.kind] if self.kind else KINDS)}
         if self.as_json:

@@ -79,11 +79,13 @@ def print_entries(console: Console, tables: Mapping[str, Sequence[Entry]]) -> No
     console.print("himoe list TABLE NAME shows an entry in full.", style="dim", highlight=False)
 
 
-def print_details(found: Mapping[str, str]) -> None:
-    """Print one entry as plain text; a recipe exactly as it is in its file."""
+def print_details(found: Mapping[str, str], use: str) -> None:
+    """Print one entry as plain text, and its use in a configuration; a recipe exactly as it is in its file."""
     if found["signature"]:
         print(f"{found['name']}: {found['where']}\n\n{found['signature']}\n")
     print(found["text"].rstrip())
+    if use:
+        print(f"\nIn a configuration:\n\n{use}")
 
 
 def _table(title: str, first: str, columns: Sequence[str]) -> Table:

@@ -216,15 +216,6 @@ def _options_of_a_preset(options: dict[str, Any], preset: str | None) -> str | N
     return None
 
 
-@rule("moe.capacity_order", "moe.capacity_factor", "moe.force")
-def _causal_capacity(order: str, factor: float | None, force: bool) -> str | None:
-    if order == "token_major" or factor is None or force:
-        return None
-    return (
-        "lets later tokens take the places of earlier ones, so a language model sees ahead; moe.force = true allows it"
-    )
-
-
 @rule("train.batch_size", "train.accumulate")
 def _micro_batches_are_equal(batch_size: int, accumulate: int) -> str | None:
     return _multiple(batch_size, accumulate, "train.accumulate")

@@ -146,7 +146,8 @@ class MoEConfig(BaseModel):
     )
     renormalize: bool = Field(
         default=True,
-        description="Divide the weights of a token's experts by their sum. A preset may settle this itself",
+        description="Divide the weights of a token's experts by their sum. "
+        "Beside a preset only `false` counts, as its option",
     )
     capacity_factor: float | None = Field(
         default=None,
@@ -154,7 +155,9 @@ class MoEConfig(BaseModel):
         description="Places of an expert, in multiples of its fair share; pairs beyond are dropped. None: no limit",
     )
     capacity_order: Literal["token_major", "column_major"] = Field(
-        default="token_major", description="Order in which tokens take an expert's places; `column_major` is not causal"
+        default="token_major",
+        description="Order in which pairs take an expert's places: token by token, "
+        "or all first choices before all second ones, which is not causal",
     )
     backend: Literal["auto", "loop", "grouped"] = Field(default="auto", description="How the experts are computed")
     force: bool = Field(default=False, description="Train although a guard refuses the combination")
