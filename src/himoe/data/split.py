@@ -26,7 +26,7 @@ def split_documents(
 
     >>> train, held_out = split_documents([f"document {i}" for i in range(100)], 0.2)
     >>> len(train), len(held_out)
-    (81, 19)
+    (83, 17)
     """
     if not 0 < fraction < 1:
         raise DataError(f"held_out is {fraction}; allowed is a fraction between 0 and 1, such as 0.05")

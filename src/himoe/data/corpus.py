@@ -1,0 +1,199 @@
+"""From text to a prepared corpus on disk: split, tokenizer, token files; made once, then opened from the cache.
+
+The cache lies under `$HIMOE_CACHE`, else `$XDG_CACHE_HOME/himoe`, else `~/.cache/himoe`, one folder per content: the
+same text with the same settings is found again wherever it lies, and changed text is prepared anew. A folder appears
+only when it is complete, a damaged one is made again, and all of it may be deleted at any time.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import tokenizers
+
+from himoe.data.embedded import embedded_source
+from himoe.data.sources import Source, read_source
+from himoe.data.split import digest, split_documents
+from himoe.data.token_file import TokenFile, write_token_file
+from himoe.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
+from himoe.errors import ConfigError, DataError
+
+FORMAT = 1
+BPE_SAMPLE = 16 * 2**20  # bytes of training text that the merges are learned from
+BATCH = 4 * 2**20  # bytes of text encoded at a time
+
+Progress = Callable[[str, float], None]  # what is being done, and how much of it, 0 … 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How text becomes a corpus, checked."""
+
+    tokenizer: str
+    vocab_size: int
+    held_out: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.tokenizer not in ("bpe", "byte"):
+            raise ConfigError(f"data.tokenizer is {self.tokenizer!r}; allowed are 'bpe' and 'byte'")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Text ready to train on: one training file over all domains and a held-out file for each."""
+
+    name: str
+    hash: str  # over domain names, texts, tokenizer and split
+    tokenizer: Tokenizer
+    domains: list[str]
+    train: TokenFile
+    held_out: dict[str, TokenFile]
+    folder: Path
+
+
+def prepare(
+    path: Path | None = None,
+    *,
+    tokenizer: str = "bpe",
+    vocab_size: int = 4096,
+    held_out: float = 0.05,
+    seed: int = 0,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> Corpus:
+    """Return the corpus of a text file or folder, or of the text every Python has where `path` is None.
+
+    `held_out` is the fraction of documents kept from training, `seed` picks another split of the same text,
+    `vocab_size` counts only for `tokenizer="bpe"`, and `cache` replaces the folder that the environment names.
+    Raises `DataError` for text or a cache folder that cannot be used.
+    """
+    report = progress or (lambda _stage, _done: None)
+    report("read", 0.0)
+    source = embedded_source() if path is None else read_source(Path(path))
+    recipe = Recipe(tokenizer, vocab_size if tokenizer == "bpe" else 0, held_out, seed)
+    folder = (Path(cache) if cache else cache_folder()) / "corpora" / _key(source, recipe)[:32]
+    with contextlib.suppress(DataError):
+        return _open(folder, source, recipe)
+    parts = {
+        domain: split_documents(
+            documents, held_out, seed=seed, minimum_bytes=source.minimum_held_out, where=f"{source.name}, {domain}"
+        )
+        for domain, documents in source.load().items()
+    }
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as partial:
+            _build(Path(partial, "corpus"), parts, recipe, report)
+            _publish(Path(partial, "corpus"), folder)
+        return _open(folder, source, recipe)
+    except OSError as error:
+        raise DataError(
+            f"{folder.parent}: cannot keep the prepared data there: {error.strerror or error}; "
+            "free some space, or let the variable HIMOE_CACHE name another folder"
+        ) from error
+
+
+def cache_folder() -> Path:
+    """Return where prepared data is kept: `$HIMOE_CACHE`, `$XDG_CACHE_HOME/himoe` or `~/.cache/himoe`."""
+    if named := os.environ.get("HIMOE_CACHE"):
+        return Path(named).expanduser()
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "himoe"
+    except RuntimeError as error:  # no home folder
+        raise DataError("there is no home folder to keep prepared data in; set the variable HIMOE_CACHE") from error
+
+
+def _key(source: Source, recipe: Recipe) -> str:
+    """Return the hex hash of everything that decides the files of a corpus."""
+    decisive = [FORMAT, source.fingerprint, source.minimum_held_out, *astuple(recipe), tokenizers.__version__]
+    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
+
+
+def _open(folder: Path, source: Source, recipe: Recipe) -> Corpus:
+    """Open a prepared folder; raises `DataError` unless every file is there and undamaged."""
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    try:
+        meta = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+        domains, expected = list(meta["domains"]), meta["tokenizer"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}: not a prepared corpus: {error}") from error
+    if tokenizer.hash != expected:
+        raise DataError(f"{folder}: tokenizer.json differs from its recorded hash")
+    return Corpus(
+        name=source.name,
+        hash=hashlib.sha256((_key(source, recipe) + tokenizer.hash).encode()).hexdigest(),
+        tokenizer=tokenizer,
+        domains=domains,
+        train=TokenFile(folder / "train.tokens"),
+        held_out={domain: TokenFile(folder / f"held_out_{i}.tokens") for i, domain in enumerate(domains)},
+        folder=folder,
+    )
+
+
+def _build(folder: Path, parts: dict[str, tuple[list[str], list[str]]], recipe: Recipe, report: Progress) -> None:
+    """Write tokenizer, token files and `corpus.json` of split documents into a new folder."""
+    folder.mkdir()
+    report("tokenizer", 0.0)
+    tokenizer = _train_tokenizer([train for train, _ in parts.values()], recipe)
+    tokenizer.save(folder / "tokenizer.json")
+    files = {"train": [document for train, _ in parts.values() for document in train]}
+    files |= {f"held_out_{i}": held_out for i, (_, held_out) in enumerate(parts.values())}
+    total = sum(len(document) for documents in files.values() for document in documents)
+    done = 0
+    for name, documents in files.items():
+
+        def batches(documents: list[str] = documents) -> Iterator[list[str]]:
+            nonlocal done
+            for batch in _batches(documents):
+                report("encode", done / total)
+                yield batch
+                done += sum(map(len, batch))
+
+        write_token_file(folder / f"{name}.tokens", batches(), tokenizer)
+    meta = {"domains": list(parts), "tokenizer": tokenizer.hash}
+    (folder / "corpus.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def _train_tokenizer(domains: list[list[str]], recipe: Recipe) -> Tokenizer:
+    """Learn BPE merges from the training part only: an equal share of `BPE_SAMPLE` per domain, lowest hashes first.
+
+    Equal shares, because in proportion to size a small domain would get no tokens of its own.
+    """
+    if recipe.tokenizer == "byte":
+        return ByteTokenizer()
+    sample = []
+    for documents in domains:
+        left = BPE_SAMPLE // len(domains)
+        for document in sorted(documents, key=digest):
+            if left <= 0:
+                break
+            sample.append(document)
+            left -= len(document.encode())
+    return BPETokenizer.train(sample, recipe.vocab_size)
+
+
+def _batches(documents: list[str]) -> Iterator[list[str]]:
+    """Yield documents in batches of about `BATCH` characters."""
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _publish(built: Path, folder: Path) -> None:
+    """Move a complete folder to its name, in place of a damaged one or of one that another process just finished."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    built.rename(folder)
