@@ -55,12 +55,13 @@ def tokens(case: Case, call: Case) -> Tensor:
 
 
 def deviation(found: Tensor | float, expected: Any) -> float:
-    """Return the largest absolute difference; infinite when the shapes differ."""
+    """Return the largest absolute difference; infinite when the sizes differ or a value is not a number."""
     found = torch.as_tensor(found, dtype=torch.float64).detach()
     expected = torch.as_tensor(expected, dtype=torch.float64).view(-1)
     if found.numel() != expected.numel():
         return float("inf")
-    return (found.flatten() - expected).abs().amax().item() if found.numel() else 0.0
+    difference = (found.flatten() - expected).abs().nan_to_num(nan=float("inf"), posinf=float("inf"))
+    return difference.amax().item() if found.numel() else 0.0
 
 
 def _router(case: Case, selector: Callable, balancer: Balancer, score: Callable) -> Router:
@@ -167,8 +168,9 @@ def replay(document: dict[str, Any]) -> dict[str, tuple[float, int]]:
             for field, value in REPLAY[case["kind"]](case):
                 worst, count = result.get(f"{case['kind']}.{field}", (0.0, 0))
                 result[f"{case['kind']}.{field}"] = (max(worst, value), count + 1)
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"not a golden file of the known form: {type(error).__name__} {error}") from error
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # torch raises RuntimeError
+        reason = f"{type(error).__name__} {error}".partition("\n")[0]
+        raise DataError(f"not a golden file of the known form: {reason}") from error
     if not result:
         raise DataError("the golden file holds no case")
     return result
@@ -183,7 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     try:
         result = replay(json.loads(options.file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, HimoeError) as error:
+    except (OSError, ValueError, RecursionError, HimoeError) as error:
         print(f"golden: {options.file}: {error}", file=sys.stderr)
         return 2
     for field, (worst, count) in result.items():
