@@ -60,7 +60,17 @@ class _Bench:
 
 
 def _state(balancer: Balancer) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in balancer.state_dict().items()}
+    return {name: value.clone() for name, value in balancer.named_buffers()}
+
+
+def _effect(bench: _Bench, balancer: Balancer) -> dict[str, Tensor]:
+    """What the balancer does to a fixed batch."""
+    routing = bench.router(balancer)(bench.tokens(16, seed=5))
+    return {
+        "logits": balancer.adjust_logits(routing.logits, routing.context),
+        "choice": balancer.adjust_choice(routing.scores, routing.context),
+        "loss": _loss(balancer, routing),
+    }
 
 
 def _same(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float = 0.0) -> bool:
@@ -74,13 +84,17 @@ def _loss(balancer: Balancer, routing: Routing) -> Tensor:
 
 
 def check_forward_writes_nothing(bench: _Bench) -> None:
-    """Routing and losses, in training and in eval, leave state and sums untouched."""
+    """Routing and losses, in training and in eval, leave state, sums and their own input untouched."""
     balancer = bench.moved(bench.make(), bench.tokens(32))
     before = _state(balancer)
     router = bench.router(balancer)
     for training in (True, False):
         routing = router.train(training)(bench.tokens(20, seed=1))
         balancer.losses(routing)
+        for hook, values in ((balancer.adjust_logits, routing.logits), (balancer.adjust_choice, routing.scores)):
+            given = values.detach().clone()
+            hook(given, routing.context)
+            bench.expect(torch.equal(given, values), f"{hook.__name__}() changed its input in place")
     bench.expect(_same(before, _state(balancer)), "a forward pass or losses() changed the state")
     bench.expect(not any(m.sums for m in balancer.modules() if isinstance(m, Balancer)), "a forward pass observed")
 
@@ -94,7 +108,8 @@ def check_losses(bench: _Bench) -> None:
         bench.expect(value.shape == () and bool(value.isfinite()), f"loss {name} is not a finite scalar: {value}")
         bench.expect(value.dtype in (torch.float32, torch.float64), f"loss {name} is {value.dtype}, not fp32")
     total = _loss(router.balancer, routing)
-    if total.requires_grad:
+    if named:
+        bench.expect(total.requires_grad, "the losses carry no gradient, so they train nothing")
         (grad,) = torch.autograd.grad(total, router.gate.weight)  # type: ignore[arg-type]
         bench.expect(bool(grad.isfinite().all()), "a loss gives the gate a gradient that is not finite")
 
@@ -105,7 +120,7 @@ def check_padding(bench: _Bench) -> None:
     padded = torch.cat([real[:11], padding, real[11:]])
     mask = torch.ones(27, dtype=torch.bool)
     mask[11:18] = False
-    start = _state(bench.moved(bench.make(), bench.tokens(32, seed=3)))
+    start = bench.moved(bench.make(), bench.tokens(32, seed=3)).state_dict()
     results = []
     for x, m in ((real, None), (padded, mask)):
         balancer = bench.make()
@@ -134,8 +149,8 @@ def check_step(bench: _Bench) -> None:
         balancer.observe(bench.router(balancer)(batch))
     bench.expect(_same(before, _state(balancer)), "observe() moved the state")
     whole = _state(bench.moved(bench.make(), batch))
-    parts = _state(bench.moved(bench.make(), *batch.split(8)))
-    bench.expect(_same(whole, parts, 1e-6), "four micro-batches move the state elsewhere than one whole batch")
+    parts = _state(bench.moved(bench.make(), *batch.split([17, 12, 3])))
+    bench.expect(_same(whole, parts, 1e-6), "three micro-batches move the state elsewhere than one whole batch")
     nothing = bench.tokens(4)
     none = torch.zeros(4, dtype=torch.bool)
     only_padding = bench.moved(bench.make(), nothing, mask=none)
@@ -155,17 +170,22 @@ def check_state(bench: _Bench) -> None:
     balancer.to(torch.bfloat16)
     bench.expect(_same(before, _state(balancer)), ".to(torch.bfloat16) changed the state's values")
     bench.expect(
-        all(b.dtype == before[n].dtype for n, b in balancer.state_dict().items()), ".to(torch.bfloat16) cast the state"
+        all(b.dtype == before[n].dtype for n, b in balancer.named_buffers()), ".to(torch.bfloat16) cast the state"
     )
     fresh, restored = _state(bench.make()), bench.make()
-    restored.load_state_dict(before)
+    restored.load_state_dict(balancer.state_dict())
     bench.expect(
         _same(_state(bench.moved(restored, bench.tokens(16))), _state(bench.moved(balancer, bench.tokens(16)))),
         "the same step after save and load gives another state",
     )
+    bench.expect(
+        _same(_effect(bench, restored), _effect(bench, balancer)), "acts otherwise after save and load: unsaved state"
+    )
     with torch.device("meta"):
         empty = bench.make()
     empty.to_empty(device="cpu")
+    for buffer in empty.buffers():
+        buffer.fill_(7)  # what is in empty memory is anybody's guess
     for module in empty.modules():
         if isinstance(module, Balancer):
             module.reset_parameters()
