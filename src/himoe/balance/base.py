@@ -76,7 +76,7 @@ class Balancer(nn.Module):
 @torch.no_grad()
 def step_balancers(balancers: Iterable[Balancer]) -> None:
     """Add up the sums of all ranks in one all-reduce, let every balancer step, and empty the sums."""
-    outer = list(balancers)
+    outer = list(dict.fromkeys(balancers))  # one that two layers share moves once
     every = list(dict.fromkeys(m for b in outer for m in b.modules() if isinstance(m, Balancer)))
     _all_reduce([m.sums for m in every])
     for balancer in outer:
