@@ -20,6 +20,8 @@ from himoe.functional.groups import Groups
 from himoe.functional.masked import token_count
 from himoe.types import Routing
 
+ROUNDING = 1e-9
+
 
 @runtime_checkable
 class Constrained(Protocol):
@@ -28,6 +30,7 @@ class Constrained(Protocol):
     groups: Groups
     intra: str
     inter: str
+    source: str
     lambda_intra: float
     lambda_inter: float
 
@@ -63,6 +66,8 @@ class DualAscent(Balancer):
         super().__init__()
         if not isinstance(terms, Constrained):
             raise ConfigError(f"dual_ascent: needs two-level terms, got {type(terms).__name__}")
+        if rate < 0 or maximum <= 0:
+            raise ConfigError(f"dual_ascent: rate = {rate} must be ≥ 0 and maximum = {maximum} above 0")
         self.terms = terms
         self.epsilon_intra, self.epsilon_inter, self.rate, self.maximum = epsilon_intra, epsilon_inter, rate, maximum
         self._check_feasible()
@@ -91,10 +96,14 @@ class DualAscent(Balancer):
                 f"dual_ascent: epsilon_intra = {self.epsilon_intra} is infeasible for {intra}: "
                 f"must be above 0 and at most {least_overlap[intra]:.6g}"
             )
-        if (intra, inter) == ("global", "dense") and 1 - self.epsilon_intra > self.epsilon_inter:
+        # Σp² ≤ Σm², and with a_g the largest p of group g, which is selected: Σp² ≤ max a ≤ √Σa², Σp² ≤ S·Σa².
+        selected_most = min(self.epsilon_inter**0.5, max(groups.sizes) * self.epsilon_inter)
+        most = self.epsilon_inter if inter == "dense" else selected_most
+        one_source = inter == "dense" or self.terms.source == "corrected"  # selected forms look at corrected p
+        if intra == "global" and one_source and 1 - self.epsilon_intra > most + ROUNDING:
             raise ConfigError(
                 f"dual_ascent: epsilon_intra = {self.epsilon_intra} asks for Σp² ≥ {1 - self.epsilon_intra:.6g}, "
-                f"more than Σm² ≤ epsilon_inter = {self.epsilon_inter} allows; their sum must be at least 1"
+                f"but {inter} ≤ epsilon_inter = {self.epsilon_inter} allows at most {most:.6g}; raise one of the two"
             )
 
     def reset_parameters(self) -> None:
