@@ -2,31 +2,38 @@
 
 import warnings
 
-from himoe.balance import Balancer, Switch, TwoLevelTerms
+from himoe.balance import Balancer, LossFree, Switch, TwoLevelTerms
 from himoe.errors import GuardError, HimoeWarning
+from himoe.functional.scores import softmax
+from himoe.nn.router import ScoreFunction
 
 MAX_RATIO = 2.5  # λ_intra/α; on a toy, CV inside a group was .17 at 1, .28 at 2.5, and one expert took all at 10
+MAX_RATE = 0.5  # u over the mean softmax score 1/E; u = 1e-3 did harm from E = 512 on (arXiv 2605.11689)
 
 
-def check_guards(balancer: Balancer, *, top_k: int, force: bool = False) -> None:
-    """Check two-level terms against each other and against the load-balancing part.
+def check_guards(balancer: Balancer, *, top_k: int, score: ScoreFunction | None = None, force: bool = False) -> None:
+    """Check two-level terms against each other and the load-balancing part, and a bias's rate against its scores.
 
     Args:
         balancer: the whole composition.
         top_k: K.
+        score: the router's score function, where it may be softmax.
         force: warn where it would be refused.
 
     Raises:
         GuardError: `group_conditional` terms that outweigh load balancing, or without any.
 
     Warns:
-        HimoeWarning: coefficients whose optimum puts all of a token's mass on one group.
+        HimoeWarning: coefficients whose optimum puts all of a token's mass on one group; a loss-free rate that is not
+            small beside softmax scores.
     """
-    for terms in balancer.modules():
-        if isinstance(terms, TwoLevelTerms) and terms.lambda_intra > 0:
-            _warn_of_one_group(terms, top_k)
-            if terms.intra == "group_conditional":
-                _refuse_collapse(terms, balancer, force)
+    for part in balancer.modules():
+        if isinstance(part, TwoLevelTerms) and part.lambda_intra > 0:
+            _warn_of_one_group(part, top_k)
+            if part.intra == "group_conditional":
+                _refuse_collapse(part, balancer, force)
+        if isinstance(part, LossFree) and score is softmax:
+            _warn_of_rate(part)
 
 
 def _warn_of_one_group(terms: TwoLevelTerms, top_k: int) -> None:
@@ -69,3 +76,14 @@ def _refuse_collapse(terms: TwoLevelTerms, balancer: Balancer, force: bool) -> N
     if not force:
         raise GuardError(f"{message} (force = true to try it all the same)")
     warnings.warn(message, HimoeWarning, stacklevel=4)
+
+
+def _warn_of_rate(part: LossFree) -> None:
+    num_experts = part.bias.numel()
+    if not part.multiplicative and part.rate * num_experts > MAX_RATE:
+        warnings.warn(
+            f"loss_free: rate = {part.rate:g} is {part.rate * num_experts:.3g} times the mean softmax score "
+            f"1/{num_experts}, so the bias would decide instead of the score; use sigmoid scores or a smaller rate",
+            HimoeWarning,
+            stacklevel=4,
+        )
