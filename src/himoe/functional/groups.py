@@ -4,8 +4,7 @@ Equal contiguous groups, group(e) = e // S, are the default and are summed by a 
 be unequal and in any order (Hi-MoE, arXiv 2605.08292, section 3 allows both); its sums go through one index.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -21,19 +20,37 @@ class Groups:
     Args:
         members: one tuple of expert ids per group; together they hold 0 … E-1 exactly once.
 
+    Attributes:
+        num_experts: E.
+        group_of: the group of every expert, E numbers.
+        is_equal: True for contiguous groups of one size: the fast path.
+
     >>> Groups.equal(8, 4).members
     ((0, 1), (2, 3), (4, 5), (6, 7))
     """
 
     members: tuple[tuple[int, ...], ...]
+    # Plain attributes, set once: torch.compile cannot trace a cached property, which takes a lock in Python 3.11.
+    num_experts: int = field(init=False, repr=False, compare=False)
+    group_of: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    is_equal: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "members", tuple(tuple(int(e) for e in group) for group in self.members))
-        ids = sorted(e for group in self.members for e in group)
-        if not ids or ids != list(range(len(ids))) or not all(self.members):
+        members = tuple(tuple(int(e) for e in group) for group in self.members)
+        ids = [e for group in members for e in group]
+        if not ids or sorted(ids) != list(range(len(ids))) or not all(members):
             raise ConfigError(
-                f"groups = {self.members}: every expert 0 … E-1 must stand in exactly one group, and no group be empty"
+                f"groups = {members}: every expert 0 … E-1 must stand in exactly one group, and no group be empty"
             )
+        of = {e: g for g, group in enumerate(members) for e in group}
+        facts = {
+            "members": members,
+            "num_experts": len(ids),
+            "group_of": tuple(of[e] for e in range(len(ids))),
+            "is_equal": ids == sorted(ids) and len({len(group) for group in members}) == 1,
+        }
+        for name, value in facts.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def equal(cls, num_experts: int, num_groups: int) -> "Groups":
@@ -62,22 +79,6 @@ class Groups:
     def sizes(self) -> tuple[int, ...]:
         """Experts per group, S_g."""
         return tuple(len(group) for group in self.members)
-
-    @cached_property
-    def num_experts(self) -> int:
-        """E."""
-        return sum(self.sizes)
-
-    @cached_property
-    def is_equal(self) -> bool:
-        """True for contiguous groups of one size: the fast path."""
-        return self.num_experts % self.num_groups == 0 and self == Groups.equal(self.num_experts, self.num_groups)
-
-    @cached_property
-    def group_of(self) -> tuple[int, ...]:
-        """The group of every expert, E numbers."""
-        of = {e: g for g, group in enumerate(self.members) for e in group}
-        return tuple(of[e] for e in range(self.num_experts))
 
     def sum(self, values: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch G"]:
         """Add up the values of each group."""
