@@ -70,5 +70,6 @@ def capacity(tokens: Int[Tensor, ""] | int, num_experts: int, top_k: int, factor
     """
     exact = torch.as_tensor(tokens).to(torch.float64) * (top_k * factor) / num_experts
     # Rounding first forgives the last bit of a product such as 10·1.1/1, which must not lose a place.
-    whole = (exact * (1 + 1e-12)).floor().to(torch.int64)
+    # The upper bound keeps a huge or infinite factor, which means no limit, from overflowing to a tiny capacity.
+    whole = (exact * (1 + 1e-12)).floor().clamp(max=2**53).to(torch.int64)
     return ((whole + multiple - 1) // multiple * multiple).clamp(min=1)

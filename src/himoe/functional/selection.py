@@ -4,10 +4,13 @@
 breaks them: do not rely on it, and save the routing wherever it could be computed twice.
 """
 
+import operator
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from himoe.errors import ConfigError
 from himoe.functional.groups import Groups
 from himoe.types import RouterContext
 
@@ -36,8 +39,13 @@ def top_k_per_group(
         context: unused.
         groups: the partition of the E experts.
         k: k' for all groups, or one number per group. K is their sum.
+
+    Raises:
+        ConfigError: not one number per group, or more than the group has experts.
     """
     per_group = (k,) * groups.num_groups if isinstance(k, int) else k
+    if len(per_group) != groups.num_groups or any(map(operator.gt, per_group, groups.sizes)):
+        raise ConfigError(f"top_k_per_group: k = {k} must give each group at most its size, sizes {groups.sizes}")
     if groups.is_equal and len(set(per_group)) == 1:
         size = groups.num_experts // groups.num_groups
         best = scores.unflatten(-1, (groups.num_groups, size)).topk(per_group[0], dim=-1).indices

@@ -31,8 +31,9 @@ def load(routing: Routing) -> Int[Tensor, " E"]:
 
 
 def drop_rate(routing: Routing) -> Float[Tensor, ""]:
-    """Share of the selected pairs that capacity dropped."""
-    return 1 - routing.kept.sum() / routing.selected.sum().clamp(min=1)
+    """Share of the selected pairs that capacity dropped; 0 where nothing was selected."""
+    selected = routing.selected.sum()
+    return (selected - routing.kept.sum()) / selected.clamp(min=1)
 
 
 def _relative(load: Load) -> Float[Tensor, "*batch E"]:

@@ -44,7 +44,7 @@ class Capacity(nn.Module):
 
     def __init__(self, factor: float, *, order: str = "token_major", multiple: int = 1) -> None:
         super().__init__()
-        if factor <= 0 or multiple < 1:
+        if not factor > 0 or multiple < 1:
             raise ConfigError(f"capacity: factor = {factor} must be above 0 and multiple = {multiple} at least 1")
         if order not in ("token_major", "column_major"):
             raise ConfigError(f"capacity: order = {order!r} must be token_major or column_major")
