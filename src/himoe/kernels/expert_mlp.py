@@ -42,11 +42,13 @@ def expert_mlp(
         backend: `loop`, `grouped`, or `auto`: grouped on a GPU where it can, loop elsewhere.
 
     Raises:
-        ConfigError: an unknown backend, or projections that do not fit x or the activation.
+        ConfigError: an unknown backend, projections that do not fit x or the activation, or pairs that do not fit x.
     """
     _check_shapes(x, up_proj, down_proj, activation)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    _check_pairs(x, expert_ids, weights, kept)
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         x, up_proj, down_proj = x.to(dtype), up_proj.to(dtype), down_proj.to(dtype)
     chosen = choose_backend(backend, x, up_proj, down_proj)
     rows = sort_by_expert(expert_ids, kept, up_proj.shape[0])
@@ -71,6 +73,15 @@ def _check_shapes(x: Tensor, up_proj: Tensor, down_proj: Tensor, activation: str
         raise ConfigError(
             f"expert_mlp: x {tuple(x.shape)}, up_proj {tuple(up_proj.shape)} and down_proj {tuple(down_proj.shape)} "
             f"do not fit; with this down_proj, {activation} needs x (T, {width}) and up_proj {expected}"
+        )
+
+
+def _check_pairs(x: Tensor, expert_ids: Tensor, weights: Tensor, kept: Tensor) -> None:
+    pairs = expert_ids.shape
+    if x.ndim != 2 or pairs[:-1] != x.shape[:1] or weights.shape != pairs or kept.shape != pairs:
+        raise ConfigError(
+            f"expert_mlp: x {tuple(x.shape)} must be (T, D), and expert_ids {tuple(pairs)}, "
+            f"weights {tuple(weights.shape)} and kept {tuple(kept.shape)} all (T, K) with the same T"
         )
 
 
@@ -131,6 +142,7 @@ def _setup_context(ctx, inputs, output) -> None:
     x, weights, *rows, up_proj, down_proj, ctx.activation, ctx.backend = inputs
     _, hidden = output
     ctx.mark_non_differentiable(hidden)
+    ctx.set_materialize_grads(False)  # or backward would get zeros of hidden's size for a gradient that nobody has
     ctx.save_for_backward(x, weights, hidden, *rows, up_proj, down_proj)
 
 

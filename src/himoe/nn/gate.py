@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from himoe.types import accumulation_dtype
+from himoe.types import accumulation_dtype, without_autocast
 
 
 class Gate(nn.Module):
@@ -34,5 +34,5 @@ class Gate(nn.Module):
     def forward(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
         """Return the logits, at least fp32."""
         dtype = accumulation_dtype(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return F.linear(x.to(dtype), self.weight.to(dtype))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from himoe.balance import Balancer
 from himoe.errors import ConfigError
 from himoe.functional import scores as score_functions
-from himoe.types import RouterContext, Routing
+from himoe.types import RouterContext, Routing, accumulation_dtype, without_autocast
 
 ScoreFunction = Callable[[Tensor], Tensor]
 Selector = Callable[[Tensor, RouterContext], tuple[Tensor, Tensor]]
@@ -78,8 +78,9 @@ class Router(nn.Module):
             gate_weight=getattr(self.gate, "weight", None),
             training=self.training,
         )
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             logits = self.gate(x)
+            logits = logits.to(accumulation_dtype(logits.dtype))  # somebody else's gate may follow a bf16 model
             if logits.shape[-1] != self.num_experts:
                 raise ConfigError(
                     f"the gate gives {logits.shape[-1]} logits, the router has {self.num_experts} experts"
