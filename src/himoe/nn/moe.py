@@ -68,6 +68,8 @@ class MoE(nn.Module):
         for name, value in (("mask", mask), ("token_ids", token_ids)):
             if value is not None and value.shape != batch_shape:
                 raise ConfigError(f"MoE: {name} has shape {tuple(value.shape)}, x needs {tuple(batch_shape)}")
+        if mask is not None and mask.dtype != torch.bool:
+            raise ConfigError(f"MoE: mask is {mask.dtype}, must be torch.bool, True for real tokens: pass mask.bool()")
         flat = x.reshape(-1, x.shape[-1])
         routing = self.router(
             flat,
@@ -84,13 +86,16 @@ class MoE(nn.Module):
 class _Collector:
     """Routings of one forward pass, in the order of `moe_layers`."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, outer: "_Collector | None") -> None:
+        self.outer = outer
         self.index = {id(layer): i for i, layer in enumerate(moe_layers(model))}
         self.routings: list[Routing | None] = [None] * len(self.index)
 
     def add(self, layer: MoE, routing: Routing) -> None:
         i = self.index.get(id(layer))
-        if i is None:
+        if i is None:  # not this model's: an enclosing collect_routings() may be waiting for it
+            if self.outer is not None:
+                self.outer.add(layer, routing)
             return
         if self.routings[i] is not None:
             raise ConfigError(f"MoE layer {i} ran twice inside one collect_routings(); open one for every forward pass")
@@ -110,7 +115,7 @@ def collect_routings(model: nn.Module) -> Iterator[list[Routing | None]]:
     Raises:
         ConfigError: a layer runs twice, or the model has no MoE layer.
     """
-    collector = _Collector(model)
+    collector = _Collector(model, _collector.get())
     if not collector.routings:
         raise ConfigError(f"collect_routings: {type(model).__name__} has no MoE layer")
     token = _collector.set(collector)
