@@ -2,8 +2,8 @@
 
 Pre-norm blocks: x + attention(norm(x)), then x + feed_forward(norm(x)); a final norm and the head.
 
-Initialisation: every matrix and embedding is normal with standard deviation 0.02 (the gate too), the matrices that write
-into the residual stream (attention output, every down projection) 0.02/√(2·layers), norms and learned scales 1.
+Initialisation: every matrix and embedding is normal with standard deviation 0.02 (the gate too), the matrices that
+write into the residual stream (attention output, every down projection) 0.02/√(2·layers), norms and learned scales 1.
 """
 
 import math
@@ -87,13 +87,14 @@ class DecoderLM(nn.Module):
         )
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, vocab_size, bias=False)
-        if tie_embeddings:
-            self.head.weight = self.embedding.weight
+        self.tie_embeddings = tie_embeddings
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set all parameters and balancer states to their start, also after `to_empty` on the meta device."""
+        if self.tie_embeddings:
+            self.head.weight = self.embedding.weight  # `to_empty` gives each module its own, which unties them
         for module in self.modules():
             reset = getattr(module, "reset_parameters", None)
             if module is not self and callable(reset):
