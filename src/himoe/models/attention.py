@@ -35,16 +35,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
         """Attend to the positions up to each one's own."""
-        batch, length, _ = x.shape
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         query, key, value = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        cos, sin = rotary_angles(length, self.head_dim, self.rope_theta, x.device)
+        cos, sin = rotary_angles(x.shape[1], self.head_dim, self.rope_theta, x.device)
         # Back in the dtype of x: under autocast RMSNorm has no fused kernel for bf16 input with an fp32 weight.
         query = rotate(self.q_norm(query.to(x.dtype)), cos, sin).to(value.dtype)
         key = rotate(self.k_norm(key.to(x.dtype)), cos, sin).to(value.dtype)
         grouped = self.num_kv_heads < self.num_heads
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
-        return self.out_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+        return self.out_proj(mixed.transpose(1, 2).flatten(-2))
 
 
 def rotary_angles(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
