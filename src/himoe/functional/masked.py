@@ -13,7 +13,7 @@ def masked_sum(values: Float[Tensor, "T *rest"], mask: Bool[Tensor, " T"] | None
 
 def token_count(values: Float[Tensor, "T *rest"], mask: Bool[Tensor, " T"] | None) -> Float[Tensor, ""]:
     """Number of real tokens, as a tensor of the values' dtype on their device."""
-    return values.new_tensor(values.shape[0]) if mask is None else mask.sum().to(values.dtype)
+    return values.new_full((), values.shape[0]) if mask is None else mask.sum().to(values.dtype)
 
 
 def masked_mean(values: Float[Tensor, "T *rest"], mask: Bool[Tensor, " T"] | None) -> Float[Tensor, "*rest"]:

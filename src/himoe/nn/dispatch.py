@@ -56,8 +56,8 @@ class Capacity(nn.Module):
     ) -> tuple[Float[Tensor, "T D"], Routing]:
         """Run the experts on the pairs that found a place; the returned routing's `kept` says which."""
         mask = routing.context.mask
-        tokens = x.shape[0] if mask is None else mask.sum()
-        places = capacity(tokens, routing.num_experts, routing.top_k, self.factor, self.multiple).to(x.device)
+        tokens = routing.expert_ids.new_full((), x.shape[0]) if mask is None else mask.sum()
+        places = capacity(tokens, routing.num_experts, routing.top_k, self.factor, self.multiple)
         place = place_in_expert(routing.expert_ids, routing.selected, routing.num_experts, self.order)
         kept = routing.selected & (place < places)
         return experts(x, routing.expert_ids, routing.weights, kept), routing.replace(kept=kept)

@@ -1,8 +1,12 @@
 """The three calls that a training loop makes, ours or anybody's.
 
+```python
 loss = task_loss + sum(aux_losses(model, routings).values())
-loss.backward(); observe(model, routings)            # every micro-batch
-optimizer.step(); step(model)                        # every optimizer step
+loss.backward()
+observe(model, routings)  # every micro-batch
+optimizer.step()
+step(model)  # every optimizer step
+```
 """
 
 from collections.abc import Iterable, Sequence
