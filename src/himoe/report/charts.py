@@ -7,23 +7,25 @@ a few tags in text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-from himoe.report.read import RunFolder, table
+from himoe.report.read import RunFolder, number, table
 from himoe.report.series import LayerHistory, LoadHistory, Series, series
 
 NUM_COLOURS = 6
-SYMBOLS = ("circle", "square", "diamond", "x", "triangle-up")
+DASHES = ("solid", "dot", "dashdot")
+MAX_MARKERS = 40
 MAX_LEGEND = 12
-LOAD_SCALE = [[0, "--load-none"], [0.25, "--load-less"], [0.5, "--load-fair"], [0.75, "--load-more"], [1, "--load-twice"]]
+LOAD_COLOURS = ("--load-none", "--load-less", "--load-fair", "--load-more", "--load-twice")
+LOAD_SCALE = [[i / 4, colour] for i, colour in enumerate(LOAD_COLOURS)]
 
 
 @dataclass
 class Chart:
-    """A figure with the words around it; `height` in pixels, `switches` are (label, axis) pairs of linear/log buttons."""
+    """A figure with the words around it; `height` in pixels, `switches` the (label, axis) of its linear/log buttons."""
 
     title: str
     traces: list[dict[str, Any]]
@@ -59,7 +61,7 @@ def _line(curve: Series, name: str, colour: str, **more: Any) -> dict[str, Any]:
         "y": rounded(curve.y),
         "line": {"color": colour, "width": 2, **more.pop("line", {})},
         "marker": {"color": colour, "size": 6, **more.pop("marker", {})},
-        "hovertemplate": "%{y:.4~g}",
+        "hovertemplate": "%{y:.4g}",
         **more,
     }
 
@@ -75,17 +77,32 @@ def _band(curve: Series, colour: str) -> list[dict[str, Any]]:
 
 
 def _domain_style(index: int) -> dict[str, Any]:
-    colour = f"--series-{index % NUM_COLOURS + 1}"
-    symbol = SYMBOLS[index // NUM_COLOURS % len(SYMBOLS)]
-    return {"colour": colour, "mode": "lines+markers", "marker": {"symbol": symbol}}
+    """Return the index-th domain's colour and dash; a dash other than solid once the colours are used up."""
+    dash = DASHES[index // NUM_COLOURS % len(DASHES)]
+    return {"colour": f"--series-{index % NUM_COLOURS + 1}", "line": {"dash": dash}}
 
 
 def _per_domain(run: RunFolder, key: str) -> list[dict[str, Any]]:
-    traces = []
+    """Return a curve per domain; evaluations on more text than the first one are diamonds of their own."""
+    traces, diamonds = [], []
     for i, name in enumerate(run.domains):
-        curve = series(run.evals, "tokens", lambda line, n=name: table(table(line.get("domains")).get(n)).get(key))
-        traces.append(_line(curve, name, **_domain_style(i)))
-    return traces
+        scores = [{"tokens": line.get("tokens"), **_score(line, name, key)} for line in run.evals]
+        curve = [score for score in scores if score["size"] == scores[0]["size"]]
+        more = [score for score in scores if score["size"] != scores[0]["size"]]
+        style = {**_domain_style(i), "hovertemplate": "%{y:.4g} (at %{x:.3s})"}
+        mode = "lines+markers" if len(curve) <= MAX_MARKERS else "lines"
+        traces.append(_line(series(curve, "tokens", lambda score: score["value"]), name, **style, mode=mode))
+        if more:
+            every = series(more, "tokens", lambda score: score["value"])
+            marker = {"symbol": "diamond-open", "size": 10, "line": {"width": 2}}
+            style |= {"mode": "markers", "marker": marker, "showlegend": False}
+            diamonds.append(_line(every, f"{name}, all text", **style))
+    return traces + diamonds
+
+
+def _score(line: dict[str, Any], name: str, key: str) -> dict[str, Any]:
+    score = table(table(line.get("domains")).get(name))
+    return {"value": score.get(key), "size": score.get("tokens")}
 
 
 def loss_chart(run: RunFolder) -> Chart:
@@ -96,9 +113,17 @@ def loss_chart(run: RunFolder) -> Chart:
         caption += " The band spans the lowest and highest value behind each point of the training curve."
     return Chart(
         "Cross-entropy",
-        [*_band(training, "--band"), _line(training, "training", "--quiet", line={"width": 1.5}), *_per_domain(run, "loss")],
+        [
+            *_band(training, "--band"),
+            _line(training, "training", "--quiet", line={"width": 1.5}),
+            *_per_domain(run, "loss"),
+        ],
         caption,
-        {"xaxis": axis("training tokens"), "yaxis": axis("nats per token"), "showlegend": len(run.domains) < MAX_LEGEND},
+        {
+            "xaxis": axis("training tokens"),
+            "yaxis": axis("nats per token"),
+            "showlegend": len(run.domains) < MAX_LEGEND,
+        },
         height=380,
         switches=(("loss", "yaxis"), ("tokens", "xaxis")),
     )
@@ -107,78 +132,89 @@ def loss_chart(run: RunFolder) -> Chart:
 def bits_chart(run: RunFolder) -> Chart:
     """Held-out bits per byte over tokens, with each domain's byte-bigram model as a dashed line."""
     traces = _per_domain(run, "bits_per_byte")
-    ends = [line.get("tokens") for line in (run.evals[0], run.evals[-1])] if run.evals else []
-    few = len(run.domains) <= NUM_COLOURS
-    for i, name in enumerate(run.domains if few and len(run.evals) > 1 else []):
-        bigram = run.baselines.get(name, {}).get("bigram")
+    tokens = [number(line.get("tokens")) for line in [*run.train[:1], *run.evals[:1], *run.evals[-1:], *run.train[-1:]]]
+    known = [value for value in tokens if value is not None]
+    ends: list[float | None] = [min(known), max(known)] if len(set(known)) > 1 else []
+    bigrams = run.domains if len(run.domains) <= NUM_COLOURS and ends and traces else []
+    for i, name in enumerate(bigrams):
+        bigram = number(run.baselines.get(name, {}).get("bigram"))
         colour = _domain_style(i)["colour"]
         line = _line(Series(ends, [bigram] * 2), f"{name}: bigram", colour, line={"dash": "dash", "width": 1.25})
         traces.append({**line, "mode": "lines", "hoverinfo": "skip", "hovertemplate": None, "showlegend": False})
+    caption = "Bits needed per byte of text: comparable between tokenizers."
     return Chart(
         "Bits per byte on held-out text",
         traces,
-        "Bits needed per byte of text: comparable between tokenizers. Dashed: the byte-bigram model of the same text."
-        if few
-        else "Bits needed per byte of text: comparable between tokenizers.",
+        f"{caption} Dashed: the byte-bigram model of the same text." if bigrams else caption,
         {"xaxis": axis("training tokens"), "yaxis": axis("bits per byte"), "showlegend": len(run.domains) < MAX_LEGEND},
         height=380,
-        switches=(("bits per byte", "yaxis"), ("tokens", "xaxis")),
+        switches=(("bits", "yaxis"), ("tokens", "xaxis")),
     )
 
 
-def heat_map(history: LayerHistory, loads: LoadHistory, num_groups: int) -> Chart:
+def _level(y: float, **line: Any) -> dict[str, Any]:
+    """Return a line across the whole chart at height y."""
+    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": {"color": "--quiet", **line}}
+
+
+def heat_map(history: LayerHistory, loads: LoadHistory, groups: list[list[int]]) -> Chart:
     """Load of every expert of one layer over time, 1 = fair share, with the groups' borders and names."""
-    experts = len(history.ratio[0])
-    size = experts // num_groups if experts % num_groups == 0 else experts
-    groups = experts // size
-    yaxis = axis("expert", autorange="reversed", showgrid=False, zeroline=False, ticks="")
-    shapes = []
-    if groups > 1:
-        shown = range(0, groups, -(-groups // 8))
-        names = [f"group {g}<br>{g * size}–{(g + 1) * size - 1}" if size > 1 else f"group {g}" for g in shown]
-        yaxis |= {"title": None, "tickvals": [g * size + (size - 1) / 2 for g in shown], "ticktext": names}
-        for g in range(1, groups):
-            line = {"color": "--surface", "width": 3 if groups <= 16 else 1}
-            shapes.append({"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": g * size - 0.5, "y1": g * size - 0.5, "line": line})
+    experts = [expert for group in groups for expert in group]
+    firsts = [sum(len(group) for group in groups[:i]) for i in range(len(groups))]
+    yaxis = axis("expert", autorange="reversed", showgrid=False)
+    borders: list[dict[str, Any]] = []
+    if len(groups) > 1:
+        shown = range(0, len(groups), -(-len(groups) // 8))
+        middles = [firsts[g] + (len(groups[g]) - 1) / 2 for g in shown]
+        yaxis |= {"title": None, "tickvals": middles, "ticktext": [_group_name(g, groups[g]) for g in shown]}
+        borders = [_level(first - 0.5, width=1.5 if len(groups) <= 16 else 0.5) for first in firsts[1:]]
     trace = {
         "type": "heatmap",
         "x": rounded(loads.edges, 9),
-        "z": [rounded(row, 3) for row in zip(*history.ratio, strict=True)],
+        "z": [rounded((column[expert] for column in history.ratio), 3) for expert in experts],
         "zmin": 0,
         "zmax": 2,
         "colorscale": LOAD_SCALE,
         "showscale": False,
         "hoverongaps": False,
-        "hovertemplate": "expert %{y} · step %{x:.0f}<br><b>%{z:.2f}</b> × fair share<extra></extra>",
+        "hovertemplate": "expert %{y}, around step %{x:.0f}<br><b>%{z:.2f}</b> × fair share<extra></extra>",
     }
-    layout = {"xaxis": axis("step", showgrid=False), "yaxis": yaxis, "shapes": shapes, "hovermode": "closest"}
-    return Chart(f"Layer {history.layer}", [trace], "", layout, height=min(640, max(230, 90 + 13 * experts)))
+    if experts != sorted(experts):
+        trace["text"] = [[str(expert)] * len(history.ratio) for expert in experts]
+        trace["hovertemplate"] = trace["hovertemplate"].replace("%{y}", "%{text}")
+    layout = {"xaxis": axis("step", showgrid=False), "yaxis": yaxis, "shapes": borders, "hovermode": "closest"}
+    return Chart(f"Layer {history.layer}", [trace], layout=layout, height=min(640, max(230, 90 + 13 * len(experts))))
 
 
-def layer_chart(loads: LoadHistory, name: str, title: str, caption: str, **layout: Any) -> Chart:
+def _group_name(index: int, experts: list[int]) -> str:
+    """Return a group's number over those of its experts: a range where they are one, up to four of them otherwise."""
+    if len(experts) > 1 and experts == list(range(experts[0], experts[0] + len(experts))):
+        return f"group {index}<br>{experts[0]}–{experts[-1]}"
+    return f"group {index}<br>{', '.join(map(str, experts[:4]))}{' …' * (len(experts) > 4)}"
+
+
+def layer_chart(loads: LoadHistory, statistic: str, title: str, caption: str, **more: Any) -> Chart:
     """One statistic of every layer over steps; layers take their colour from the ramp, first to last."""
     count = len(loads.layers)
+    many = count > MAX_LEGEND
     traces = []
     for i, layer in enumerate(loads.layers):
-        colour = f"ramp:{i / max(1, count - 1):.3f}"
-        traces.append(_line(Series(list(loads.ends), layer.statistics[name]), f"layer {layer.layer}", colour))
-    many = count > MAX_LEGEND
+        name, colour = f"layer {layer.layer}", f"ramp:{i / max(1, count - 1):.3f}"
+        hover = {"hovertemplate": f"{name}, step %{{x}}: %{{y:.4g}}<extra></extra>"} if many else {}
+        traces.append(_line(Series(list(loads.ends), layer.statistics[statistic]), name, colour, **hover))
     if many:
-        caption += " Colours run from the first layer (violet) to the last (yellow-green)."
-    merged = {"xaxis": axis("step"), "showlegend": count <= MAX_LEGEND, "hovermode": "closest" if many else "x unified", **layout}
-    if many:
-        traces = [{**trace, "hovertemplate": f"{trace['name']}, step %{{x}}: %{{y:.4~g}}<extra></extra>"} for trace in traces]
-    return Chart(title, traces, caption, merged)
+        caption += " Colours run from the first layer (violet) to the last (yellow)."
+    layout = {"xaxis": axis("step"), "showlegend": not many, "hovermode": "closest" if many else "x unified"}
+    return Chart(title, traces, caption, layout | more.pop("layout", {}), **more)
 
 
-def bounded_layout(low: float, low_text: str, high_text: str) -> dict[str, Any]:
-    """Return a layout for a statistic in [low, 1], with both bounds drawn and named."""
+def bounded(low: float, low_text: str, high_text: str) -> dict[str, Any]:
+    """Return the layout for a statistic in [low, 1], with both bounds drawn and named."""
     pad = 0.09 * (1 - low) or 0.1
-    line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "line": {"color": "--quiet", "width": 1, "dash": "dot"}}
     text = {"xref": "paper", "x": 1, "xanchor": "right", "showarrow": False, "font": {"color": "--muted", "size": 11}}
     return {
         "yaxis": axis("", range=[low - pad, 1 + pad]),
-        "shapes": [{**line, "y0": y, "y1": y} for y in (low, 1.0)],
+        "shapes": [_level(y, width=1, dash="dot") for y in (low, 1.0)],
         "annotations": [
             {**text, "y": 1, "yanchor": "bottom", "text": high_text},
             {**text, "y": low, "yanchor": "top", "text": low_text},
@@ -186,28 +222,28 @@ def bounded_layout(low: float, low_text: str, high_text: str) -> dict[str, Any]:
     }
 
 
+def auxiliary_chart(run: RunFolder) -> Chart:
+    """Every auxiliary loss over steps."""
+    names = list(dict.fromkeys(name for line in run.train for name in table(line.get("aux"))))
+    traces = []
+    for i, name in enumerate(names):
+        curve = series(run.train, "step", lambda line, n=name: table(line.get("aux")).get(n))
+        traces.append(_line(curve, name, f"--series-{i % NUM_COLOURS + 1}"))
+    caption = "Weighted and summed over layers, as added to the training loss; a negative one rewards."
+    return Chart("Auxiliary losses", traces, caption, {"xaxis": axis("step"), "showlegend": True})
+
+
 def step_charts(run: RunFolder) -> list[Chart]:
     """Return the small charts of the optimisation over steps."""
-    names = list(dict.fromkeys(name for line in run.train for name in table(line.get("aux"))))
-    curves: list[tuple[str, str, Callable[[dict[str, Any]], Any]]] = [
-        ("Learning rate", "", lambda line: line.get("lr")),
-        ("Gradient norm", "Before clipping.", lambda line: line.get("grad_norm")),
-        ("Tokens per second", "", lambda line: line.get("tokens_per_second")),
-    ]
-    charts = [
-        Chart(
-            "Auxiliary losses",
-            [
-                _line(series(run.train, "step", lambda line, n=name: table(line.get("aux")).get(n)), name, f"--series-{i % NUM_COLOURS + 1}")
-                for i, name in enumerate(names)
-            ],
-            "Weighted and summed over layers, as added to the training loss; a negative one rewards.",
-            {"xaxis": axis("step")},
-        )
-    ]
-    for title, caption, get in curves:
-        curve = series(run.train, "step", get)
+    charts = [auxiliary_chart(run)]
+    for title, key, caption in (
+        ("Learning rate", "lr", ""),
+        ("Gradient norm", "grad_norm", "Before clipping."),
+        ("Tokens per second", "tokens_per_second", ""),
+    ):
+        curve = series(run.train, "step", lambda line, key=key: line.get(key))
         traces = [*_band(curve, "--band"), _line(curve, title, "--series-1", line={"width": 1.5})]
-        layout = {"xaxis": axis("step"), "yaxis": {"rangemode": "tozero"}, "showlegend": False}
+        yaxis = {"rangemode": "tozero", "exponentformat": "SI" if key == "tokens_per_second" else "power"}
+        layout = {"xaxis": axis("step"), "yaxis": yaxis, "showlegend": False}
         charts.append(Chart(title, traces, caption, layout))
     return charts

@@ -29,27 +29,25 @@
   function axis(own) {
     const title = own && own.title && own.title.text ? { text: own.title.text, standoff: 8, font: { color: "--muted", size: 12 } } : undefined;
     return {
-      color: "--muted", gridcolor: "--grid", zeroline: false, linecolor: "--grid", automargin: true, nticks: 6,
+      color: "--muted", gridcolor: "--grid", zeroline: false, linecolor: "--grid", ticks: "", automargin: true, nticks: 6,
       fixedrange: coarse, ...own, title,
     };
   }
-  function layout(own) {
+  // On paper a chart cannot follow its box, so it is told the width.
+  function layout(own, box) {
     return painted({
       font: { family: css("--font"), size: 12, color: "--muted" },
       paper_bgcolor: "--surface", plot_bgcolor: "--surface",
-      margin: { l: 8, r: 10, t: 10, b: 8 }, hovermode: "x unified", dragmode: coarse ? false : "zoom", autosize: true,
+      margin: { l: 8, r: 20, t: 10, b: 8 }, hovermode: "x unified", dragmode: coarse ? false : "zoom", autosize: true, width: "print" in root.dataset ? box.clientWidth : undefined,
       hoverlabel: { bgcolor: "--raised", bordercolor: "--grid", font: { color: "--ink", size: 12 } },
-      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { color: "--ink", size: 12 } },
-      ...own, xaxis: axis(own.xaxis), yaxis: axis(own.yaxis),
+      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", traceorder: "normal", font: { color: "--ink", size: 12 } },
+      ...own, xaxis: axis(own.xaxis), yaxis: axis({ exponentformat: "power", ...own.yaxis }),
     }, "layout");
   }
-  const options = {
-    displaylogo: false, responsive: true,
-    modeBarButtonsToRemove: ["lasso2d", "select2d", "zoomIn2d", "zoomOut2d", "pan2d", "zoom2d", "autoScale2d"],
-  };
+  const options = { displayModeBar: false, responsive: true };
   function draw(id) {
     drawn.add(id);
-    return Plotly.react(id, painted(charts[id].traces, "data"), layout(charts[id].layout), options);
+    return Plotly.react(id, painted(charts[id].traces, "data"), layout(charts[id].layout, document.getElementById(id)), options);
   }
   function redraw() { drawn.forEach(draw); }
 
@@ -66,9 +64,17 @@
       const own = charts[button.dataset.chart].layout;
       const key = button.dataset.axis;
       const log = !(own[key] && own[key].type === "log");
-      own[key] = { ...own[key], type: log ? "log" : "linear" };
+      own[key] = { ...own[key], type: log ? "log" : "linear", dtick: log && key === "xaxis" ? "D2" : undefined };
       button.setAttribute("aria-pressed", String(log));
       draw(button.dataset.chart);
+    });
+  }
+
+  for (const button of document.querySelectorAll("button[data-save]")) {
+    button.addEventListener("click", () => {
+      const box = document.getElementById(button.dataset.save);
+      const size = { width: box.clientWidth, height: box.clientHeight, scale: 2 };
+      Plotly.downloadImage(box, { format: "png", filename: button.dataset.name, ...size });
     });
   }
 
@@ -76,11 +82,10 @@
   addEventListener("beforeprint", () => {
     root.dataset.print = "";
     document.querySelectorAll("details").forEach((details) => { details.open = true; });
-    Object.keys(charts).forEach((id) => { watcher.unobserve(document.getElementById(id)); draw(id); Plotly.Plots.resize(id); });
+    Object.keys(charts).forEach((id) => { watcher.unobserve(document.getElementById(id)); draw(id); });
   });
   addEventListener("afterprint", () => {
     delete root.dataset.print;
     redraw();
-    drawn.forEach((id) => Plotly.Plots.resize(id));
   });
 })();

@@ -50,13 +50,14 @@ class RunFolder:
         """Read the folder at `path`.
 
         Raises:
-            RunFolderError: it is missing, has no config.json, or one of its files is not what its name says.
+            RunFolderError: it is missing, lacks config.json or env.json, or holds a damaged JSON document.
         """
         path = Path(path)
         if not path.is_dir():
             raise RunFolderError(f"{path} is not a folder; give the run folder that `himoe train` printed at its end")
-        if not (path / "config.json").is_file():
-            raise RunFolderError(f"{path} is not a run folder: it has no config.json; give one that `himoe train` made")
+        for name in ("config.json", "env.json"):
+            if not (path / name).is_file():
+                raise RunFolderError(f"{path} is not a run folder: it has no {name}; give one that `himoe train` made")
         run = cls(path, config=_read_object(path / "config.json"), env=_read_object(path / "env.json"))
         for line in run._lines("metrics.jsonl"):
             (run.evals if line.get("kind") == "eval" else run.train).append(line)
@@ -74,10 +75,15 @@ class RunFolder:
         """The run's name in its configuration, else its folder's."""
         return str(self.config.get("name") or self.path.resolve().name)
 
-    @property
-    def num_groups(self) -> int:
-        """Number of expert groups G; 1 for routers without groups."""
-        return int(number(table(self.config.get("moe")).get("num_groups")) or 1)
+    def groups(self, num_experts: int) -> list[list[int]]:
+        """Return the experts of every group; one group of all for routers without groups."""
+        moe = table(self.config.get("moe"))
+        listed = moe.get("groups")
+        if listed and sorted(expert for group in listed for expert in group) == list(range(num_experts)):
+            return listed
+        count = int(number(moe.get("num_groups")) or 1)
+        size = num_experts // count if num_experts % count == 0 else num_experts
+        return [list(range(first, first + size)) for first in range(0, num_experts, size)]
 
     @cached_property
     def baselines(self) -> dict[str, dict[str, Any]]:
@@ -116,10 +122,9 @@ class RunFolder:
             "parameters": self.env.get("parameters"),
         }
 
-    @cached_property
-    def bigram_bits_per_byte(self) -> float | None:
-        """The byte-bigram model over all held-out bytes, to compare with the run's own overall bits per byte."""
-        pairs = [(size, number(self.baselines.get(name, {}).get("bigram"))) for name, size in self.held_out_bytes.items()]
+    def baseline(self, model: str) -> float | None:
+        """Bits per byte of the byte-"unigram" or "bigram" model over all held-out bytes, to compare with the run's."""
+        pairs = [(size, number(self.baselines.get(name, {}).get(model))) for name, size in self.held_out_bytes.items()]
         known = [(size, bits) for size, bits in pairs if bits is not None]
         total = sum(size for size, _ in known)
         return sum(size * bits for size, bits in known) / total if total and len(known) == len(pairs) else None

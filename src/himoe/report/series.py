@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from himoe.report.read import RunFolder, number
@@ -48,7 +49,12 @@ class LoadHistory:
 
     edges: list[float]
     layers: list[LayerHistory]
-    lines_per_bin: float
+    lines_per_bin: int
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of a layer, 0 when nothing was recorded."""
+        return len(self.layers[0].ratio[0]) if self.layers else 0
 
     @property
     def ends(self) -> list[float]:
@@ -62,7 +68,7 @@ def series(lines: Sequence[dict[str, Any]], x: str, get: Callable[[dict[str, Any
     if len(lines) <= MAX_POINTS:
         return Series(xs, ys)
     starts = [i * len(lines) // NUM_BINS for i in range(NUM_BINS + 1)]
-    bins = [slice(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+    bins = [slice(a, b) for a, b in pairwise(starts)]
     present = [[y for y in ys[one] if y is not None] for one in bins]
     return Series(
         x=[mean(xs[one]) for one in bins],
@@ -94,32 +100,29 @@ class _Bins:
             for name, bins in self.statistics.items():
                 bins[index].append(number(line.get(name)))
 
-    def history(self, layer: int) -> LayerHistory:
-        columns = []
-        for load in self.load:
+    def history(self, layer: int, used: int) -> LayerHistory:
+        """Return the first `used` bins: a torn line at the end may leave the last one empty."""
+        ratio = []
+        for load in self.load[:used]:
             fair = sum(load) / len(load) if load else 0.0
-            columns.append([count / fair if fair else None for count in load])
-        return LayerHistory(layer, columns, {k: [mean(v) for v in bins] for k, bins in self.statistics.items()})
+            ratio.append([count / fair if fair else None for count in load])
+        return LayerHistory(layer, ratio, {k: [mean(v) for v in bins[:used]] for k, bins in self.statistics.items()})
 
 
 def load_history(run: RunFolder) -> LoadHistory:
     """Read load.jsonl once, line by line, and pool it into at most MAX_LOAD_BINS bins of equally many lines."""
-    count, num_bins = run.num_load_lines, 0
     edges: list[float] = [0.0]
     layers: dict[int, _Bins] = {}
+    per_bin = 1
     for i, line in enumerate(run.load_lines()):
         if not layers:
             cells = sum(len(layer["load"]) for layer in line["layers"]) or 1
-            num_bins = max(1, min(count, MAX_LOAD_BINS, MAX_LOAD_CELLS // cells))
+            per_bin = -(-run.num_load_lines // max(1, min(MAX_LOAD_BINS, MAX_LOAD_CELLS // cells)))
+            num_bins = -(-run.num_load_lines // per_bin)
             layers = {int(layer["layer"]): _Bins(num_bins, len(layer["load"])) for layer in line["layers"]}
-        index = i * num_bins // count
-        edges[index + 1 :] = [line["step"]]
+        edges[i // per_bin + 1 :] = [line["step"]]
         for layer in line["layers"]:
             if int(layer["layer"]) in layers:
-                layers[int(layer["layer"])].add(index, layer)
-    used = len(edges) - 1
-    histories = [bins.history(layer) for layer, bins in sorted(layers.items())]
-    for history in histories:
-        history.ratio = history.ratio[:used]
-        history.statistics = {name: values[:used] for name, values in history.statistics.items()}
-    return LoadHistory(edges, histories, lines_per_bin=count / num_bins if num_bins else 1.0)
+                layers[int(layer["layer"])].add(i // per_bin, layer)
+    histories = [bins.history(layer, len(edges) - 1) for layer, bins in sorted(layers.items())]
+    return LoadHistory(edges, histories, per_bin)
