@@ -34,7 +34,7 @@ Verbs:
 
 Examples:
   himoe train                         about 3 minutes on text you already have
-  himoe train lm_tiny --out runs/try  seconds, to try things out
+  himoe train lm_tiny --out runs/try  20 steps, to try things out
   himoe eval runs/try                 its held-out bits per byte again
   himoe list balancers                what can be put in a configuration
 

@@ -32,7 +32,8 @@ def print_domains(console: Console, result: Mapping[str, Any]) -> None:
         return
     compared = any(values.get("bigram") for values in result["domains"].values())
     extra = ["unigram", "bigram", "under bigram"] if compared else []
-    table = _table("Held-out text, bits per byte", "domain", ["model", *extra, "perplexity"])
+    console.print("[bold]Bits per byte[/bold]")
+    table = _table("domain", ["model", *extra, "perplexity"])
     for name, values in result["domains"].items():
         baselines = []
         if compared:
@@ -55,12 +56,13 @@ def print_layers(console: Console, layers: Sequence[Mapping[str, Any]]) -> None:
         "Σm²": "group_mass",
         "C": "concentration",
     }
-    table = _table("Load of the experts, last 50 steps", "layer", list(columns))
+    console.print("[bold]Load of the experts, last 50 steps[/bold]", highlight=False)
+    table = _table("layer", list(columns))
     for layer in layers:
         table.add_row(str(layer["layer"]), *(_number(layer.get(key)) for key in columns.values()))
     console.print(table)
-    console.print("MaxVio: busiest expert over the mean, less 1; CV: deviation over the mean; 0 is even.", style="dim")
-    console.print("Σm²: 1/groups (spread) to 1 (one group); C: 1/experts of a group to 1 (one expert).", style="dim")
+    console.print("MaxVio: busiest expert over the mean, less 1. CV: deviation over the mean.", style="dim")
+    console.print("Σm²: 1/groups to 1, all on one group. C: 1/group size to 1, all on one expert.", style="dim")
     console.print()
 
 
@@ -88,8 +90,8 @@ def print_details(found: Mapping[str, str], use: str) -> None:
         print(f"\nIn a configuration:\n\n{use}")
 
 
-def _table(title: str, first: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+def _table(first: str, columns: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(first)
     for column in columns:
         table.add_column(column, justify="right")

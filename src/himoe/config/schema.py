@@ -54,7 +54,7 @@ class DataConfig(BaseModel):
         default=4096, ge=258, description="Entries of the `bpe` vocabulary; `byte` has its own fixed size"
     )
     held_out: float = Field(
-        default=0.1,
+        default=0.05,
         gt=0,
         lt=1,
         description="Share of each domain's documents kept for evaluation, chosen by document hash",
