@@ -13,11 +13,11 @@ from himoe.testing.golden import REPLAY, TOLERANCE, main, replay
 
 FILE = Path(__file__).parent / "hi_moe_and_loss_free.json"
 DOCUMENT = json.loads(FILE.read_text(encoding="utf-8"))
-HI_MOE_FIELDS = (
-    "expert_ids weights_after_capacity kept capacity load_kept load_loss intra inter z total grad_gate grad_x_norm "
-    "mean_logits"
-).split()
-LOSS_FREE_FIELDS = "expert_ids_sorted weights load bias_after".split()
+HI_MOE_FIELDS = [
+    *("expert_ids", "weights_after_capacity", "kept", "capacity", "load_kept", "load_loss", "intra", "inter", "z"),
+    *("total", "grad_gate", "grad_x_norm", "mean_logits"),
+]
+LOSS_FREE_FIELDS = ["expert_ids_sorted", "weights", "load", "bias_after"]
 
 
 def one_case(kind: str) -> dict:
