@@ -24,7 +24,7 @@ from himoe.data.token_file import TokenFile, write_token_file
 from himoe.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 from himoe.errors import ConfigError, DataError
 
-FORMAT = 1
+FORMAT = 1  # to be raised when the same text would give other files than before
 BPE_SAMPLE = 16 * 2**20  # bytes of training text that the merges are learned from
 BATCH = 4 * 2**20  # bytes of text encoded at a time
 
@@ -70,8 +70,9 @@ def prepare(
 ) -> Corpus:
     """Return the corpus of a text file or folder, or of the text every Python has where `path` is None.
 
-    `held_out` is the fraction of documents kept from training, `seed` picks another split of the same text,
-    `vocab_size` counts only for `tokenizer="bpe"`, and `cache` replaces the folder that the environment names.
+    `held_out` is the fraction of documents kept from training, `vocab_size` counts only for `tokenizer="bpe"`,
+    `cache` replaces the folder that the environment names. `seed` picks another split of the same text: leave it alone
+    where runs are compared, so that all are scored on the same documents.
     Raises `DataError` for text or a cache folder that cannot be used.
     """
     report = progress or (lambda _stage, _done: None)

@@ -60,7 +60,7 @@ def fingerprint(texts: Mapping[str, Sequence[str]]) -> str:
 def cut(text: str, piece: int = PIECE) -> list[str]:
     r"""Cut a text longer than `4 * piece` bytes at the first blank line, else line end, after each `piece` bytes.
 
-    Pieces have `piece` to `4 * piece` bytes, the last one perhaps fewer, and joined they are the text again.
+    Pieces have `piece` to about `4 * piece` bytes, the last one perhaps fewer, and joined they are the text again.
 
     >>> cut("one\n\ntwo\nthree\n", 3)
     ['one\n\n', 'two\n', 'three\n']

@@ -1,0 +1,39 @@
+import random
+from pathlib import Path
+
+import pytest
+
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "grey", "élan", "猫"]
+
+
+def make_text(size: int, seed: int = 0) -> str:
+    """Lines of random words, about `size` characters; another seed gives another text."""
+    choose, lines, length = random.Random(seed), [], 0
+    while length < size:
+        lines.append(" ".join(choose.choices(WORDS, k=10)))
+        length += len(lines[-1]) + 1
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture
+def text():
+    return make_text
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch) -> Path:
+    """Every test has a cache of its own."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("HIMOE_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def two_domains(tmp_path) -> Path:
+    """A folder with the domain `verse`, ten files, and the domain `letters`, one file."""
+    folder = tmp_path / "text"
+    (folder / "verse").mkdir(parents=True)
+    for i in range(10):
+        (folder / "verse" / f"{i}.txt").write_text(make_text(2000, seed=i), encoding="utf-8")
+    (folder / "letters.md").write_text(make_text(30_000, seed=99), encoding="utf-8")
+    return folder
