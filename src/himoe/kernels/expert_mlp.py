@@ -146,7 +146,9 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, weights, hidden, *rows, up_proj, down_proj)
 
 
-def _backward(ctx, grad: Tensor, _grad_hidden: Tensor | None):
+def _backward(ctx, grad: Tensor | None, _grad_hidden: Tensor | None):
+    if grad is None:  # what used y has no gradient for it
+        return (None,) * len(ctx.needs_input_grad)
     need_x, need_weights, _, _, _, need_up, need_down, _, _ = ctx.needs_input_grad
     needs = [need_x, need_weights, need_up, need_down]
     saved = ctx.saved_tensors
