@@ -1,0 +1,218 @@
+"""Every backend of the expert MLP against the double loop over tokens: values and gradients, in every odd shape."""
+
+import contextlib
+
+import pytest
+import torch
+from expert_case import NAMES, assert_equal, make_case, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from himoe.errors import ConfigError
+from himoe.functional import reference
+from himoe.kernels import BACKENDS, choose_backend, expert_mlp
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2}
+RUNS = [
+    ("loop", torch.float64),
+    ("loop", torch.float32),
+    ("loop", torch.bfloat16),
+    ("grouped", torch.float32),
+    ("grouped", torch.bfloat16),
+]
+CASES = {
+    "one token": {"tokens": 1, "kept": "all"},
+    "no token": {"tokens": 0},
+    "every expert": {"num_experts": 4, "k": 4, "kept": "all"},
+    "one expert": {"num_experts": 1, "k": 1},
+    "experts without tokens": {"spread": "few", "kept": "all"},
+    "all tokens to one expert": {"spread": "one", "k": 1, "kept": "all"},
+    "several choices of one expert": {"spread": "one", "k": 3, "kept": "some"},
+    "nothing kept": {"kept": "none"},
+    "some kept": {"tokens": 40, "num_experts": 9, "k": 3},
+    "odd sizes": {"width": 5, "units": 3},
+    "sizes of one": {"width": 1, "units": 1},
+    "gelu": {"activation": "gelu"},
+    "gelu, odd sizes, some kept": {"activation": "gelu", "width": 7, "units": 11, "k": 3},
+}
+
+
+@contextlib.contextmanager
+def poisoned_memory():
+    """Make `torch.empty` return NaN, so that reading a row that nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), RUNS)
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_are_the_references(name, backend, dtype):
+    case = make_case(**CASES[name])
+    with poisoned_memory():
+        result = run(case, backend=backend, dtype=dtype)
+    assert result[0].dtype == dtype
+    assert all(g.dtype == dtype for g in result[1].values())
+    assert_equal(result, run(case, backend="reference"), TOLERANCE[dtype])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.data(),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(1, 6),
+    st.sampled_from(["swiglu", "gelu"]),
+    st.sampled_from(["all", "some"]),
+    st.sampled_from(["all", "few"]),
+    st.integers(0, 100),
+)
+def test_random_shapes(data, tokens, width, units, num_experts, activation, kept, spread, seed):
+    k = data.draw(st.integers(1, num_experts))
+    backend, dtype = data.draw(st.sampled_from([("loop", torch.float64), ("grouped", torch.float32)]))
+    scale = 4 if backend == "grouped" else 1  # rows of 16 bytes, which grouped needs
+    case = make_case(
+        tokens, width * scale, units * scale, num_experts, k, kept=kept, spread=spread, activation=activation, seed=seed
+    )
+    with poisoned_memory():
+        result = run(case, backend=backend, dtype=dtype)
+    assert_equal(result, run(case, backend="reference"), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_gradcheck(activation):
+    case = make_case(tokens=4, width=3, units=2, num_experts=3, k=2, activation=activation)
+    x, ids, weights, kept, up_proj, down_proj = case.arguments()
+    inputs = [t.requires_grad_() for t in (x, weights, up_proj, down_proj)]
+
+    def function(x, weights, up_proj, down_proj):
+        return expert_mlp(x, ids, weights, kept, up_proj, down_proj, activation=activation, backend="loop")
+
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [("loop", torch.float64), ("grouped", torch.float32)])
+@pytest.mark.parametrize(
+    "trained",
+    [("x",), ("weights",), ("up_proj",), ("down_proj",), ("x", "weights"), ("weights", "down_proj"), NAMES[1:]],
+)
+def test_frozen_parts_change_no_other_gradient(backend, dtype, trained):
+    case = make_case()
+    _, everything = run(case, backend="reference")
+    y, some = run(case, backend=backend, dtype=dtype, trained=trained)
+    expected = run(case, backend="reference")[0], {name: everything[name] for name in trained}
+    assert_equal((y, some), expected, TOLERANCE[dtype])
+
+
+def test_nothing_trained_builds_no_graph():
+    arguments = make_case().arguments()
+    assert not expert_mlp(*arguments, backend="loop").requires_grad
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [("loop", torch.float64), ("grouped", torch.float32)])
+def test_strides_do_not_matter(backend, dtype):
+    case = make_case(tokens=6, width=8, units=8, num_experts=4, k=2)
+    expected = run(case, backend="reference", upstream=torch.ones(6, 8))
+    strided = make_case(tokens=6, width=8, units=8, num_experts=4, k=2)
+    strided.x = case.x.T.contiguous().T
+    strided.expert_ids = case.expert_ids.T.contiguous().T
+    strided.weights = case.weights.T.contiguous().T
+    strided.kept = case.kept.T.contiguous().T
+    strided.up_proj = case.up_proj.transpose(1, 2).contiguous().transpose(1, 2)
+    strided.down_proj = case.down_proj.transpose(1, 2).contiguous().transpose(1, 2)
+    assert not any(t.is_contiguous() for t in strided.arguments(dtype))
+    result = run(strided, backend=backend, dtype=dtype, upstream=torch.ones(1, 1).expand(6, 8))
+    assert_equal(result, expected, TOLERANCE[dtype])
+
+
+def test_weights_of_a_finer_dtype_than_the_tokens_keep_it_in_their_gradient():
+    x, ids, weights, kept, up_proj, down_proj = make_case().arguments(torch.bfloat16)
+    weights = weights.float().requires_grad_()
+    y = expert_mlp(x, ids, weights, kept, up_proj, down_proj)
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16 and weights.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("where", ["outside", "inside"])
+def test_autocast_computes_in_bf16_and_trains_fp32_parameters(backend, where):
+    case = make_case()
+    x, ids, weights, kept, up_proj, down_proj = case.arguments(torch.float32)
+    leaves = [t.requires_grad_() for t in (x, weights, up_proj, down_proj)]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = expert_mlp(x, ids, weights, kept, up_proj, down_proj, backend=backend)
+        assert y.dtype == torch.bfloat16
+        upstream = torch.linspace(-1, 2, y.numel()).view_as(y).to(y.dtype)
+        if where == "inside":
+            y.backward(upstream)
+    if where == "outside":
+        y.backward(upstream)
+    assert all(leaf.grad.dtype == torch.float32 for leaf in leaves)
+    grads = dict(zip(NAMES, (leaf.grad for leaf in leaves), strict=True))
+    assert_equal((y.detach(), grads), run(case, backend="reference"), TOLERANCE[torch.bfloat16])
+
+
+def test_grouped_runs_where_rows_are_multiples_of_16_bytes_and_falls_back_elsewhere():
+    def chosen(width, units, dtype, activation="swiglu"):
+        x, _, _, _, up_proj, down_proj = make_case(width=width, units=units, activation=activation).arguments(dtype)
+        return choose_backend("grouped", x, up_proj, down_proj)
+
+    assert chosen(4, 4, torch.float32) == "grouped"
+    assert chosen(8, 8, torch.bfloat16) == "grouped"
+    assert chosen(4, 8, torch.bfloat16) == "loop"
+    assert chosen(8, 4, torch.bfloat16) == "loop"
+    assert chosen(4, 6, torch.float32, "gelu") == "loop"
+    assert chosen(8, 8, torch.float64) == "loop"
+
+
+def test_auto_on_a_cpu_is_the_loop():
+    x, _, _, _, up_proj, down_proj = make_case().arguments(torch.float32)
+    assert choose_backend("auto", x, up_proj, down_proj) == "loop"
+
+
+def test_a_second_derivative_is_refused_not_wrong():
+    x, *rest = make_case().arguments()
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(expert_mlp(x, *rest).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="expert_mlp_backward"):
+        grad.sum().backward()
+
+
+def test_the_reference_is_the_formula():
+    # one token, F = 1: swiglu 3·silu(2·1)·(−1·1)·½, gelu 3·gelu(2·1)·½
+    x, one = torch.ones(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
+    weight, down = torch.full((1, 1), 0.5, dtype=torch.float64), torch.full((1, 1, 1), 3.0, dtype=torch.float64)
+    up = torch.tensor([[[2.0], [-1.0]]], dtype=torch.float64)
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    swiglu = reference.moe(x, ids, weight, one, up, down, "swiglu").item()
+    gelu = reference.moe(x, ids, weight, one, up[:, :1], down, "gelu").item()
+    assert swiglu == pytest.approx(-1.5 * 2 * 0.8807970779778823)  # sigmoid(2)
+    assert gelu == pytest.approx(1.5 * 2 * 0.9772498680518208)  # Φ(2)
+
+
+ERRORS = [
+    ({"backend": "triton"}, "backend = 'triton': must be auto, loop, grouped"),
+    ({"activation": "relu"}, "activation = 'relu': must be swiglu or gelu"),
+    ({"activation": "gelu"}, r"gelu needs x \(T, 16\) and up_proj \(5, 8, 16\)"),
+    ({"x": (7, 15)}, r"x \(7, 15\), up_proj \(5, 16, 16\) and down_proj \(5, 16, 8\) do not fit"),
+    ({"up_proj": (4, 16, 16)}, r"up_proj \(4, 16, 16\)"),
+    ({"down_proj": (5, 16, 7)}, r"swiglu needs x \(T, 16\) and up_proj \(5, 14, 16\)"),
+    ({"x": (1, 7, 16)}, r"x \(1, 7, 16\) must be \(T, D\)"),
+    ({"weights": (7, 1)}, r"weights \(7, 1\).* all \(T, K\) with the same T"),
+    ({"weights": (7, 4)}, r"weights \(7, 4\)"),
+    ({"kept": (6, 2)}, r"kept \(6, 2\)"),
+    ({"x": (6, 16)}, r"x \(6, 16\) .* expert_ids \(7, 2\)"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), ERRORS)
+def test_what_does_not_fit_is_named(change, message):
+    names = ("x", "expert_ids", "weights", "kept", "up_proj", "down_proj")
+    arguments = dict(zip(names, make_case(kept="all").arguments(torch.float32), strict=True))
+    arguments |= {n: torch.zeros(v, dtype=arguments[n].dtype) if isinstance(v, tuple) else v for n, v in change.items()}
+    with pytest.raises(ConfigError, match=message):
+        expert_mlp(**arguments)
