@@ -33,7 +33,7 @@ def build_model(config: Config, vocab_size: int) -> DecoderLM:
     Warns:
         HimoeWarning: a part that lets later tokens change earlier ones, which a language model should not have.
     """
-    is_moe = set(moe_layer_indices(config))
+    is_moe = set(config.moe_layers)
 
     def feed_forward(layer: int) -> nn.Module:
         if layer in is_moe:
@@ -56,14 +56,6 @@ def build_model(config: Config, vocab_size: int) -> DecoderLM:
         )
     _warn_if_not_causal(model)
     return model
-
-
-def moe_layer_indices(config: Config) -> list[int]:
-    """Return which layers have experts: `moe.layers`, or every layer i with (i + 1) a multiple of `moe.every`."""
-    if config.moe.layers is not None:
-        return sorted(config.moe.layers)
-    every = config.moe.every
-    return [i for i in range(config.model.num_layers) if every and (i + 1) % every == 0]
 
 
 def build_moe(moe: MoEConfig, dim: int) -> MoE:
@@ -103,7 +95,7 @@ def _build_preset(moe: MoEConfig, dim: int) -> Router:
     accepted = _parameters(preset)
     given: dict[str, Any] = {"dim": dim, "num_experts": moe.num_experts, "top_k": moe.top_k_per_group or moe.top_k}
     if "num_groups" in accepted:
-        given |= {"groups": moe.groups} if moe.groups else {"num_groups": moe.num_groups}
+        given |= {"groups": moe.groups, "num_groups": None if moe.groups else moe.num_groups}
     if "force" in accepted:
         given["force"] = moe.force
     options = dict(moe.options) if moe.renormalize else {"renormalize": False} | moe.options

@@ -74,7 +74,7 @@ def _refuse_collapse(terms: TwoLevelTerms, balancer: Balancer, force: bool) -> N
         f"group_conditional: {problem}: one expert per group would take everything; raise alpha or lower lambda_intra"
     )
     if not force:
-        raise GuardError(f"{message} (force = true to try it all the same)")
+        raise GuardError(f"{message} (force=True, in a configuration moe.force = true, to try it all the same)")
     warnings.warn(message, HimoeWarning, stacklevel=4)
 
 
