@@ -17,7 +17,7 @@ from himoe.build import build_model
 from himoe.config import Config
 from himoe.data import Corpus, Tokenizer, TrainingOrder, load_tokenizer, ngram_baselines, prepare
 from himoe.data.sources import read_source
-from himoe.errors import DataError, MissingExtraError, RunFolderError
+from himoe.errors import DataError, HimoeError, RunFolderError
 from himoe.functional.groups import Groups
 from himoe.models import DecoderLM, parameter_counts
 from himoe.report import write_report
@@ -157,7 +157,7 @@ class _Run:
     def _report(self) -> None:
         try:
             write_report(self.out)
-        except MissingExtraError as error:
+        except HimoeError as error:  # plotly is missing, or the disk is full: the run itself is complete
             _say(self.console, f"no report.html: {error}")
 
 

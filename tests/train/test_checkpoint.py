@@ -199,7 +199,9 @@ def test_another_model_is_refused_by_name(tmp_path):
     tensors = model_tensors(TinyLM())
     tensors["norm.weight"] = torch.ones(7)
     tensors["extra"] = torch.ones(1)
-    with pytest.raises(CheckpointError, match=r"norm\.weight is \(7,\), the model has \(16,\); extra is not in the model"):
+    with pytest.raises(
+        CheckpointError, match=r"norm\.weight is \(7,\), the model has \(16,\); extra is not in the model"
+    ):
         load_model_tensors(TinyLM(), tensors, tmp_path)
 
 

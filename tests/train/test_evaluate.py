@@ -7,6 +7,7 @@ from tiny_training import DIM, SEQ_LEN, VOCAB, TinyLM, equal, make_trainer, weig
 from torch import nn
 
 from himoe.data import ByteTokenizer
+from himoe.errors import HimoeError
 from himoe.presets import hi_moe, loss_free
 from himoe.train.evaluate import Score, Text, evaluate, evaluate_domains
 
@@ -78,6 +79,13 @@ def test_domains_add_up_by_bytes_and_tokens():
 
 def test_a_hopeless_loss_still_gives_a_finite_perplexity():
     assert math.isfinite(Score(nats=1e6, tokens=1, num_bytes=1).perplexity)
+
+
+def test_a_loss_that_is_no_number_is_an_error_of_one_line():
+    model = Uniform(VOCAB)
+    model.logit.data[3] = float("nan")
+    with pytest.raises(HimoeError, match="held-out loss is nan"):
+        evaluate(model, Text(np.zeros(8, int), 8), **HOW)
 
 
 def test_auxiliary_terms_do_not_enter_the_loss():

@@ -11,13 +11,16 @@ def balancer_state(trainer):
     return {name: buffer.clone() for name, buffer in trainer.model.moe.router.balancer.named_buffers()}
 
 
+# Routers without a term that sees its micro-batch only, as those with the load share f do.
+LINEAR = {"moge": lambda: moge(16, 8, 4, num_groups=4, alpha=0.0), "loss_free": lambda: loss_free(16, 8, 4)}
+
+
+@pytest.mark.parametrize("router", LINEAR)
 @pytest.mark.parametrize("accumulate", [2, 4])
-def test_micro_batches_give_the_gradient_of_the_whole_batch(accumulate):
-    # Terms that are no mean over tokens (the load f) see a micro-batch only, so the model here has none.
+def test_micro_batches_equal_the_whole_batch(accumulate, router):
     def trained(accumulate):
         torch.manual_seed(1)
-        model = TinyLM(moge(16, 8, 4, num_groups=4, alpha=0.0))
-        trainer = make_trainer(model=model, accumulate=accumulate)
+        trainer = make_trainer(model=TinyLM(LINEAR[router]()), accumulate=accumulate)
         for _ in range(3):
             trainer.step()
         return trainer
@@ -77,7 +80,9 @@ def test_bf16_autocast_keeps_weights_and_balancer_state_in_fp32_and_stays_close(
     full, half = make_trainer(), make_trainer(precision="bf16")
     for trainer in (full, half):
         trainer.step()
-    assert {tensor.dtype for tensor in half.model.state_dict().values() if tensor.is_floating_point()} == {torch.float32}
+    assert {tensor.dtype for tensor in half.model.state_dict().values() if tensor.is_floating_point()} == {
+        torch.float32
+    }
     assert half.means.read()["loss"] == pytest.approx(full.means.read()["loss"], rel=0.02)
     assert not equal(weights(full), weights(half))
 
@@ -91,7 +96,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_weights():
     with pytest.raises(HimoeError, match="diverged at step 2: loss nan") as error:
         trainer.step()
     assert "\n" not in str(error.value)
-    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before.values(), weights(trainer).values()))
+    after = weights(trainer)
+    assert all(torch.equal(tensor.nan_to_num(), after[name].nan_to_num()) for name, tensor in before.items())
     assert trainer.steps_done == 1
 
 

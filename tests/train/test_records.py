@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +18,15 @@ from himoe.train.records import (
 
 def make_run(folder):
     (folder / "checkpoints/step-00000001").mkdir(parents=True)
-    for name in ("config.json", "env.json", "metrics.jsonl", "load.jsonl", "summary.json", "tokenizer.json", "report.html"):
+    for name in (
+        "config.json",
+        "env.json",
+        "metrics.jsonl",
+        "load.jsonl",
+        "summary.json",
+        "tokenizer.json",
+        "report.html",
+    ):
         (folder / name).write_text("{}")
     return folder
 
@@ -102,7 +111,7 @@ def test_a_full_disk_is_one_line_that_says_what_to_do(tmp_path):
     with (
         pytest.raises(RunFolderError, match=r"No space left on device.*go on with --resume") as error,
         readable_disk_errors(tmp_path),
-        open("/dev/full", "w") as file,
+        Path("/dev/full").open("w") as file,
     ):
         file.write("x")
         file.flush()

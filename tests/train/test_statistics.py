@@ -3,7 +3,7 @@ import torch
 
 from himoe.functional.groups import Groups
 from himoe.train.statistics import Statistics
-from himoe.types import Routing, RouterContext
+from himoe.types import RouterContext, Routing
 
 
 def routing(expert_ids, logits, kept=None, mask=None):

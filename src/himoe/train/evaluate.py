@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from himoe.data import Tokenizer
+from himoe.errors import HimoeError
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ def evaluate(
         seq_len: S, tokens per window.
         batch_size: B, windows per forward pass.
         precision: "fp32", or "bf16" for bf16 autocast.
+
+    Raises HimoeError when the loss is not finite.
     """
     device, was_training = next(model.parameters()).device, model.training
     nats = torch.zeros((), dtype=torch.float64, device=device)
@@ -119,7 +122,10 @@ def evaluate(
             nats += F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100)
     finally:
         model.train(was_training)
-    return Score(float(nats), len(text.tokens), text.num_bytes)
+    score = Score(float(nats), len(text.tokens), text.num_bytes)
+    if not math.isfinite(score.nats):
+        raise HimoeError(f"the held-out loss is {score.nats}: the weights have diverged; lower train.learning_rate")
+    return score
 
 
 def _windows(
