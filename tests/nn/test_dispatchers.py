@@ -1,0 +1,128 @@
+"""Dropless and Capacity: who is computed, who is dropped, and who may influence whom."""
+
+import math
+
+import pytest
+import torch
+from small_layers import D, E, make_moe, tokens
+
+from himoe import Capacity, Dropless
+from himoe.errors import ConfigError
+from himoe.functional import reference, stats
+
+ORDERS = ["token_major", "column_major"]
+
+
+def test_dropless_keeps_everything_and_says_so():
+    _, routing = make_moe(dispatcher=Dropless())(tokens(40))
+    assert routing.kept.all() and stats.drop_rate(routing).item() == 0
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped"])
+def test_dropless_output_does_not_depend_on_the_rest_of_the_batch(backend):
+    moe = make_moe(backend=backend)
+    batch, others = tokens(8, 6), tokens(8, 6, seed=1) * 4
+    together = moe(batch)[0]
+    for i in range(8):
+        alone = moe(batch[i : i + 1])[0][0]
+        torch.testing.assert_close(together[i], alone)
+        company = others.clone()
+        company[i] = batch[i]
+        torch.testing.assert_close(moe(company)[0][i], alone)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("factor", [8.0, 1e30, math.inf])
+def test_a_capacity_without_limit_is_dropless(order, factor):
+    x = tokens(30)
+    y, routing = make_moe("switch", top_k=2, dispatcher=Capacity(factor, order=order))(x)
+    expected, same = make_moe("switch", top_k=2)(x)
+    assert torch.equal(y, expected) and torch.equal(routing.kept, same.kept)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("factor", "multiple"), [(0.5, 1), (1.0, 1), (0.8, 3), (0.01, 1)])
+def test_capacity_keeps_who_comes_first(order, masked, factor, multiple):
+    moe = make_moe("switch", top_k=2, dispatcher=Capacity(factor, order=order, multiple=multiple))
+    mask = torch.rand(40, generator=torch.Generator().manual_seed(0)) < 0.7 if masked else None
+    _, routing = moe(tokens(40), mask)
+    real = 40 if mask is None else int(mask.sum())
+    places = max(1, math.ceil(math.floor(2 * factor * real / E) / multiple) * multiple)
+    expected = reference.keep_within_capacity(routing.expert_ids, routing.selected, places, order)
+    assert torch.equal(routing.kept, expected)
+    assert stats.load(routing).max() <= places < stats.selected_load(routing).max()
+    assert stats.drop_rate(routing).item() == pytest.approx(1 - expected.sum().item() / (2 * real))
+
+
+def test_weights_are_not_renormalised_after_a_drop():
+    x = tokens(40)
+    y, routing = make_moe("switch", top_k=2, dispatcher=Capacity(0.7))(x)
+    moe = make_moe("switch", top_k=2)
+    whole = moe(x)[1]
+    assert torch.equal(routing.weights, whole.weights)
+    arguments = (moe.experts.gate_up_proj, moe.experts.down_proj, "swiglu")
+    torch.testing.assert_close(y, reference.moe(x, whole.expert_ids, whole.weights, routing.kept, *arguments))
+    empty = ~routing.kept.any(-1)
+    assert empty.any() and not y[empty].any()
+
+
+def test_a_dropped_pair_trains_neither_its_expert_nor_its_weight():
+    moe = make_moe("switch", top_k=1, renormalize=False, dispatcher=Capacity(0.01))
+    with torch.no_grad():
+        moe.router.gate.weight.zero_()[3] = 1.0
+    x = tokens(6).abs().requires_grad_()
+    y, routing = moe(x)
+    y.sum().backward()
+    assert routing.kept.sum() == 1 and routing.kept[0].all()
+    assert x.grad[0].any() and not x.grad[1:].any()
+    assert [e for e in range(E) if moe.experts.down_proj.grad[e].any()] == [3]
+
+
+def kept_before(moe, change_at, seed):
+    x, later = tokens(24), tokens(24, seed=seed) * 3
+    changed = torch.cat([x[:change_at], later[change_at:]])
+    return moe(x)[1].kept[:change_at], moe(changed)[1].kept[:change_at]
+
+
+def test_later_tokens_take_no_place_from_earlier_ones():
+    moe = make_moe("switch", top_k=2, dispatcher=Capacity(0.6))
+    assert moe.dispatcher.causal
+    for seed in range(1, 20):
+        one, other = kept_before(moe, 12, seed)
+        assert torch.equal(one, other)
+
+
+def test_column_by_column_they_do_and_it_is_labelled():
+    moe = make_moe("switch", top_k=2, dispatcher=Capacity(0.6, order="column_major"))
+    assert not moe.dispatcher.causal
+    assert any(not torch.equal(*kept_before(moe, 12, seed)) for seed in range(1, 20))
+
+
+def test_column_order_is_token_order_where_each_expert_has_one_column():
+    x = tokens(40)
+    kept = [make_moe("hi_moe", dispatcher=Capacity(0.6, order=order))(x)[1].kept for order in ORDERS]
+    assert torch.equal(*kept) and not kept[0].all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((0,), {}, "factor = 0 must be above 0"),
+        ((-1.0,), {}, "factor = -1.0 must be above 0"),
+        ((math.nan,), {}, "factor = nan must be above 0"),
+        ((1.0,), {"multiple": 0}, "multiple = 0 at least 1"),
+        ((1.0,), {"order": "row_major"}, "order = 'row_major' must be token_major or column_major"),
+    ],
+)
+def test_capacity_refuses_what_cannot_work(arguments, options, message):
+    with pytest.raises(ConfigError, match=message):
+        Capacity(*arguments, **options)
+
+
+def test_places_do_not_depend_on_padding():
+    moe = make_moe("switch", top_k=2, dispatcher=Capacity(1.0))
+    x = tokens(20)
+    padded = torch.cat([torch.zeros(30, D), x])
+    mask = torch.arange(50) >= 30
+    assert torch.equal(moe(padded, mask)[1].kept[mask], moe(x)[1].kept)
