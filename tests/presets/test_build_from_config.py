@@ -1,0 +1,175 @@
+"""From configuration to router and model: presets with options, routers spelled out, extra balancers, errors."""
+
+import warnings
+
+import pytest
+import torch
+
+from himoe import Groups, moe_layers
+from himoe.balance import LogitCorrection, LossFree, Switch, TwoLevelTerms, ZLoss
+from himoe.build import build_model, build_router
+from himoe.config import Config, load_config
+from himoe.errors import ConfigError, GuardError, HimoeWarning
+from himoe.functional import scores
+
+DIM = 16
+
+
+def config(**moe) -> Config:
+    """The tiny recipe, 8 experts in 4 groups, top 4, with other `moe` keys."""
+    return load_config("lm_tiny", overrides={"moe": moe})
+
+
+def router(**moe):
+    return build_router(config(**moe).moe, DIM)
+
+
+def parts(built, kind: type) -> list:
+    return [module for module in built.balancer.modules() if isinstance(module, kind)]
+
+
+def test_a_preset_takes_its_sizes_from_the_layer_and_its_options_from_the_configuration():
+    built = router(options={"lambda_inter": 0.04, "alpha": 0.02, "correction": "none"})
+    (terms,) = parts(built, TwoLevelTerms)
+    assert (terms.lambda_inter, terms.lambda_intra, terms.groups) == (0.04, 0.01, Groups.equal(8, 4))
+    assert parts(built, Switch)[0].weight == 0.02 and not parts(built, LogitCorrection)
+    assert built.gate.weight.shape == (8, DIM)
+    assert built(torch.zeros(3, DIM)).expert_ids.shape == (3, 4)
+
+
+@pytest.mark.parametrize("name", ["moge", "switch", "loss_free"])
+def test_flat_and_grouped_presets_are_built_alike(name):
+    built = router(preset=name, top_k=4)
+    assert built(torch.zeros(3, DIM)).expert_ids.shape == (3, 4)
+
+
+def test_unequal_groups_and_a_k_per_group():
+    groups = [[0, 1, 2], [3], [4, 5, 6, 7]]
+    for spelled in (
+        {},
+        {"preset": None, "selector": "top_k_per_group", "balancers": [{"name": "two_level"}, {"name": "switch"}]},
+    ):
+        built = router(groups=groups, top_k_per_group=[2, 1, 3], **spelled)
+        assert parts(built, TwoLevelTerms)[0].groups.members == tuple(map(tuple, groups))
+        of = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2])
+        assert of[built(torch.randn(5, DIM)).expert_ids].tolist() == [[0, 0, 1, 2, 2, 2]] * 5
+
+
+def test_weights_that_are_not_renormalised():
+    assert router().renormalize and not router(renormalize=False).renormalize
+    assert router(renormalize=False, options={"renormalize": True}).renormalize
+
+
+def test_a_router_spelled_out():
+    built = router(
+        selector="top_k",
+        score="sigmoid",
+        top_k=3,
+        renormalize=False,
+        balancers=[{"name": "loss_free", "rate": 0.5}, {"name": "z_loss", "weight": 0.25}],
+    )
+    assert [type(p) for p in built.balancer.parts] == [LossFree, ZLoss]
+    assert built.balancer.parts[0].rate == 0.5 and built.balancer.parts[1].weight == 0.25
+    assert built.score is scores.sigmoid and not built.renormalize
+    routing = built(torch.randn(5, DIM))
+    assert routing.expert_ids.shape == (5, 3)
+    assert torch.equal(routing.scores, routing.logits.sigmoid())
+
+
+def test_a_spelled_out_grouped_router_shares_k_over_the_groups():
+    built = router(selector="top_k_per_group", balancers=[{"name": "two_level"}, {"name": "switch"}])
+    assert built.score is scores.softmax
+    assert (built(torch.randn(5, DIM)).expert_ids // 2).tolist() == [[0, 1, 2, 3]] * 5
+    assert router(selector="top_k").balancer.losses(built(torch.randn(5, DIM))) == {}
+
+
+def test_balancers_beside_a_preset_join_its_own():
+    built = router(balancers=[{"name": "z_loss", "weight": 0.5}, {"name": "switch", "weight": 0.25}])
+    assert [module.weight for module in parts(built, ZLoss)] == [0.5]
+    assert [module.weight for module in parts(built, Switch)] == [0.01, 0.25]
+    routing = built(torch.randn(9, DIM))
+    found = built.balancer.losses(routing)
+    assert set(found) == {"intra", "inter", "load_balance", "z_loss"}
+    assert found["load_balance"].item() == pytest.approx(
+        0.26 * router().balancer.losses(routing)["load_balance"].item() / 0.01
+    )
+
+
+def test_a_readers_own_class_and_function():
+    built = router(preset="himoe.presets:moge", options={"alpha": 0.5}, balancers=[{"name": "himoe.balance:ZLoss"}])
+    assert parts(built, Switch)[0].weight == 0.5 and parts(built, ZLoss)
+    spelled = router(selector="himoe.functional.selection:top_k", score="himoe.functional.scores:sigmoid")
+    assert spelled.score is scores.sigmoid and spelled(torch.randn(2, DIM)).expert_ids.shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("moe", "text"),
+    [
+        (
+            {"options": {"lamda_intra": 0.1}},
+            r"preset 'hi_moe': unknown option lamda_intra = 0.1; allowed: .*; did you mean 'lambda_intra'\?",
+        ),
+        ({"options": {"dim": 3}}, "unknown option dim = 3; allowed: "),
+        ({"options": {"force": True}}, "unknown option force = True; allowed: "),
+        (
+            {"balancers": [{"name": "switch"}, {"name": "z_loss", "wieght": 1}]},
+            r"moe.balancers\[1\] 'z_loss': unknown option wieght = 1; allowed: weight; did you mean 'weight'\?",
+        ),
+        (
+            {"balancers": [{"name": "two_level", "groups": 4}]},
+            "'two_level': unknown option groups = 4; allowed: lambda",
+        ),
+        ({"balancers": [{"name": "z_loss", "weight": "big"}]}, r"moe.balancers\[0\] 'z_loss': .*not supported"),
+        ({"balancers": [{"name": "loss_free", "update": "adam"}]}, "loss_free: update = 'adam' must be sign"),
+        ({"options": {"schedule": "two_stage"}}, "needs schedule_steps ≥ 1"),
+        ({"balancers": [{"name": "himoe.balance:Nothing"}]}, "cannot load 'himoe.balance:Nothing' for balancers: "),
+        ({"balancers": [{"name": "no.such.module:X"}]}, "cannot load 'no.such.module:X' for balancers: No module"),
+    ],
+)
+def test_options_that_cannot_work(moe, text):
+    with pytest.raises(ConfigError, match=text) as caught:
+        router(**moe)
+    assert "\n" not in str(caught.value)
+
+
+def test_guards_look_at_the_whole_composition_and_force_overrides_them():
+    with pytest.raises(GuardError, match=r"lambda_intra/alpha = 0.1/0.01 = 10 > 2.5"):
+        router(options={"lambda_intra": 0.1})
+    with pytest.raises(GuardError, match="without any load-balancing part"):
+        router(selector="top_k_per_group", balancers=[{"name": "two_level"}])
+    with pytest.raises(GuardError, match=r"0.9/0.01 = 90 > 2.5"):
+        router(balancers=[{"name": "two_level", "lambda_intra": 0.9}])
+    with pytest.warns(HimoeWarning, match=r"0.1/0.01 = 10 > 2.5"):
+        router(options={"lambda_intra": 0.1}, force=True)
+
+
+def warned(**moe) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        build_model(config(**moe), 300)
+    return [str(warning.message) for warning in caught if issubclass(warning.category, HimoeWarning)]
+
+
+def test_what_is_not_causal_is_labelled_once_for_a_model_of_several_layers():
+    assert warned() == []
+    assert warned(capacity_factor=1.0) == []
+    for _ in range(2):  # a second model warns again
+        (text,) = warned(options={"correction": "same_batch"})
+        assert text.startswith(
+            "LogitCorrection: not causal as configured, later tokens can change the routing of earlier"
+        )
+    (text,) = warned(capacity_factor=1.0, capacity_order="column_major")
+    assert text.startswith("Capacity: not causal as configured")
+    published, causal = warned(preset="hi_moe_official")
+    assert "all of a token's mass on one group" in published and "not causal" in causal
+
+
+def test_a_model_has_a_router_of_its_own_in_every_layer_and_is_a_function_of_the_seed():
+    one, same = build_model(config(), 300), build_model(config(), 300)
+    other = build_model(load_config("lm_tiny", sets=["seed=1"]), 300)
+    gates = [layer.router.gate.weight for layer in moe_layers(one)]
+    assert len(gates) == 2 and not torch.equal(*gates)
+    assert len({id(layer.router.balancer) for layer in moe_layers(one)}) == 2
+    for (name, a), b, c in zip(one.named_parameters(), same.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert a.ndim < 2 or not torch.equal(a, c), name
