@@ -63,7 +63,10 @@ def test_a_half_precision_model_keeps_fp32_routing_and_state(preset, convert):
 
 
 def test_small_bias_steps_are_not_lost_in_a_bf16_model():
-    moe = make_moe("loss_free").to(torch.bfloat16)
+    moe = make_moe("loss_free")
+    moe.router.balancer.bias.fill_(0.1)
+    moe.to(torch.bfloat16)
+    assert torch.equal(moe.router.balancer.bias, torch.full((8,), 0.1))  # nor rounded on the way
     x = tokens(64, dtype=torch.bfloat16) + 0.5
     with torch.no_grad():
         moe.router.balancer.bias.fill_(1.0)  # one step of 1e-3 is below bf16's resolution here

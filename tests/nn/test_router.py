@@ -197,15 +197,21 @@ def test_routing_is_fp64_for_fp64_tokens():
     assert flat_router().double()(tokens(6, dtype=torch.float64)).weights.dtype == torch.float64
 
 
-def test_autocast_does_not_reach_the_routing():
-    router, x = flat_router(balancer=LogitCorrection(E)), tokens(6)
+@pytest.mark.parametrize("gate", [Gate, partial(nn.Linear, bias=False)])
+def test_autocast_does_not_reach_the_routing(gate):
+    router, x = flat_router(gate=gate(D, E), balancer=LogitCorrection(E)), tokens(6)
     expected = router(x)
     with torch.autocast("cpu", torch.bfloat16):
         routing = router(x)
-        gate_alone = router.gate(x)
-    assert torch.equal(gate_alone, expected.logits)
     for name in ("logits", "scores", "weights", "expert_ids"):
         assert torch.equal(getattr(routing, name), getattr(expected, name)), name
+
+
+def test_a_gate_by_itself_is_fp32_under_autocast():
+    gate, x = Gate(D, E), tokens(6)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = gate(x)
+    assert torch.equal(logits, x @ gate.weight.T)
 
 
 def test_somebody_elses_gate_in_a_bf16_model_still_gives_fp32_routing():
@@ -220,6 +226,7 @@ def test_routing_is_a_pytree():
     assert {id(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)} == {
         id(getattr(routing, n)) for n in ("logits", "scores", "expert_ids", "weights", "selected", "kept")
     } | {id(routing.context.mask), id(routing.context.gate_weight)}
+    assert all(leaf is None or isinstance(leaf, torch.Tensor) for leaf in leaves)
     again = pytree.tree_unflatten(leaves, structure)
     assert isinstance(again, Routing) and again.weights is routing.weights
     detached = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, routing)
