@@ -69,5 +69,5 @@ def load(table: str, name: str) -> Any:
     module_name, _, attribute = TABLES[table].get(name, name).partition(":")
     try:
         return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:  # the last two: a name such as ":x"
         raise ConfigError(f"cannot load {name!r} for {table}: {error}") from error

@@ -42,7 +42,8 @@ class Routing:
     Attributes:
         logits: (T, E) the gate's output, untouched, at least fp32.
         scores: (T, E) score(adjusted logits): what the combine weights are made of.
-        expert_ids: (T, K) chosen experts. K is the largest number per token; unused places are not `selected`.
+        expert_ids: (T, K) chosen experts, each in 0 … E-1; K is the largest number per token, unused places are not
+            `selected` but still hold some id.
         weights: (T, K) combine weights, as the router made them (multiply by `kept` to see what counts).
         selected: (T, K) chosen by the selector; False on padding and unused places. Losses and controllers use these.
         kept: (T, K) selected and not dropped by a capacity limit. These pairs are computed.
