@@ -96,6 +96,7 @@ def test_reset_returns_to_the_starting_values():
         ("global", "selected", (0.0625, 0.5), r"infeasible for selected: must be above 0.0625"),
         ("global", "sparse", (0.06, 0.5), r"infeasible for sparse: must be above 0.0625"),
         ("global", "selected", (0.25, 0.49), r"Σp² ≥ 0.51, but selected ≤ epsilon_inter = 0.25 allows at most 0.5"),
+        ("global", "selected", (0.5, 0.29), r"Σp² ≥ 0.71, but selected ≤ epsilon_inter = 0.5 allows at most 0.707107"),
         ("global", "sparse", (0.07, 0.85), r"Σp² ≥ 0.15, but sparse ≤ epsilon_inter = 0.07 allows at most 0.14"),
         ("entropy", "entropy", (0.3, 0.3), "only the l2 forms have bounds"),
         ("group_entropy", "dense", (0.3, 0.3), "only the l2 forms have bounds"),
@@ -115,12 +116,19 @@ def test_bounds_that_nothing_satisfies_are_refused(intra, inter, bounds, text):
         ("group_conditional", "dense", (1.0, 0.001)),
         ("global", "dense", (0.3, 0.7)),  # 0.3 + 0.7 = 1: one expert per group, masses with Σm² = 0.3
         ("global", "selected", (0.25, 0.5)),  # two experts of one group share everything: Σp² = 1/2, selected 1/4
+        ("global", "selected", (0.5, 0.3)),
         ("global", "sparse", (0.07, 0.86)),
     ],
 )
 def test_bounds_at_the_edge_of_what_is_possible_are_accepted(intra, inter, bounds):
     terms = TwoLevelTerms(8, 4, intra=intra, inter=inter, source="corrected")
     dual(terms, epsilon_inter=bounds[0], epsilon_intra=bounds[1])
+
+
+def test_terms_of_two_different_distributions_bound_each_other_not_at_all():
+    """With source raw, `selected` still looks at corrected probabilities, which may be far more even."""
+    terms = TwoLevelTerms(8, 4, intra="global", inter="selected", source="raw")
+    dual(terms, epsilon_inter=0.25, epsilon_intra=0.1)
 
 
 def test_selected_bounds_hold_for_every_distribution():
