@@ -60,7 +60,8 @@ class Balancer(nn.Module):
 
     def accumulate(self, name: str, value: Tensor) -> None:
         """Add `value` to the sum called `name` of the running optimizer step. Use int64 for counts, fp64 for sums."""
-        self.sums[name] = self.sums[name] + value if name in self.sums else value.detach().clone()
+        value = value.detach()
+        self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
 
     def _apply(self, fn, recurse: bool = True) -> Self:
         """Follow device moves, but keep every buffer's dtype: balancing in bf16 would lose small steps."""
