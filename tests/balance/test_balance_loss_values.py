@@ -37,6 +37,13 @@ def test_sparse_adds_the_selected_of_a_group_before_squaring():
     assert selected.item() == pytest.approx(INTRA["global"])
 
 
+def test_places_that_hold_no_choice_count_for_nothing():
+    routing = route(P.log(), 1, groups=2).replace(selected=torch.tensor([[True, False]]))  # expert 0 alone
+    for inter in ("sparse", "selected"):
+        assert TwoLevelTerms(4, 2, inter=inter).measures(routing)["inter"].item() == pytest.approx(1 / 4)
+    assert Switch(weight=1.0).losses(routing)["load_balance"].item() == pytest.approx(4 * 0.5)
+
+
 def test_terms_average_over_tokens_and_group_load_averages_first():
     mirrored = torch.cat([P, P.flip(1)]).log()  # masses (3/4, 1/4) and (1/4, 3/4)
     routing = route(mirrored, 1, groups=2)

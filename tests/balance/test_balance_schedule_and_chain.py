@@ -152,3 +152,14 @@ def test_a_step_empties_the_sums_of_every_part():
     assert all(part.sums for part in parts)
     step_balancers([chain])
     assert not any(part.sums for part in parts)
+
+
+def test_sums_are_copies_and_keep_no_graph_also_outside_no_grad():
+    balancer, value = Balancer(), torch.ones(2, requires_grad=True)
+    balancer.accumulate("sum", value)
+    assert not balancer.sums["sum"].requires_grad
+    with torch.no_grad():
+        value.zero_()
+    assert balancer.sums["sum"].tolist() == [1.0, 1.0]
+    balancer.accumulate("sum", value + 2)
+    assert balancer.sums["sum"].tolist() == [3.0, 3.0] and not balancer.sums["sum"].requires_grad
