@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from himoe import run_folder
 from himoe.build import build_model
 from himoe.config import Config
 from himoe.data import Corpus, Tokenizer, TrainingOrder, load_tokenizer, ngram_baselines, prepare
@@ -21,7 +22,6 @@ from himoe.errors import DataError, HimoeError, RunFolderError
 from himoe.functional.groups import Groups
 from himoe.models import DecoderLM, parameter_counts
 from himoe.report import write_report
-from himoe.train import records
 from himoe.train.checkpoint import load_checkpoint, load_model_tensors, newest_whole
 from himoe.train.environment import best_device, describe_data, describe_environment, now
 from himoe.train.evaluate import Text, evaluate_domains
@@ -57,7 +57,7 @@ def train(
     ended the run at a checkpoint.
     """
     console = console or Console(stderr=True)
-    records.check_run_folder(out, resume=resume, force=force)
+    run_folder.check_run_folder(out, resume=resume, force=force)
     checkpoint = _newest_checkpoint(out, console) if resume else None
     _set_threads(config)
     corpus = _load_corpus(config, console)
@@ -65,10 +65,10 @@ def train(
     if checkpoint:
         run.resume(checkpoint)
     env = run.environment(command, resume=resume)
-    with records.readable_disk_errors(out):
+    with run_folder.readable_disk_errors(out):
         if not resume:
             out.mkdir(parents=True, exist_ok=True)
-            records.clear_run_folder(out)
+            run_folder.clear_run_folder(out)
         return run.go(env)
 
 
@@ -94,7 +94,7 @@ class _Run:
         """Return env.json; a resumed run adds to the one that it has."""
         path = self.out / "env.json"
         if resume and path.exists():
-            env = records.read_json(path)
+            env = run_folder.read_json(path)
             restart = {"command": command, "started": now(), "step": self.trainer.steps_done}
             return {**env, "resumed": [*env.get("resumed", []), restart]}
         return {
@@ -105,8 +105,8 @@ class _Run:
         }
 
     def go(self, env: dict[str, Any]) -> dict[str, Any]:
-        records.write_json(self.out / "config.json", self.config.model_dump(mode="json"))
-        records.write_json(self.out / "env.json", env)
+        run_folder.write_json(self.out / "config.json", self.config.model_dump(mode="json"))
+        run_folder.write_json(self.out / "env.json", env)
         self.corpus.tokenizer.save(self.out / "tokenizer.json")
         rewind_logs(self.out, self.trainer.steps_done, self.config.train.steps)
         journal = Journal(self.out, self.trainer, seconds_before=self.seconds_before)
@@ -121,7 +121,7 @@ class _Run:
         summary = journal.summary("finished" if finished else "interrupted")
         summary["domains"] = _with_baselines(summary["domains"], env["baselines"])
         summary["parameters"] = env["parameters"]
-        records.write_json(self.out / "summary.json", summary)
+        run_folder.write_json(self.out / "summary.json", summary)
         self._report()
         if not finished:
             _say(self.console, f"stopped and saved at step {summary['step']}; go on with --resume --out {self.out}")
@@ -148,7 +148,7 @@ class _Run:
         return _score(self.config, self.trainer.model, self.corpus.tokenizer, texts)
 
     def _save(self, seconds: float) -> None:
-        folder, keep = self.out / records.CHECKPOINTS, self.config.train.keep_checkpoints
+        folder, keep = self.out / run_folder.CHECKPOINTS, self.config.train.keep_checkpoints
         save(self.trainer, folder, seconds=seconds, keep=keep, **self._identity())
 
     def _identity(self) -> dict[str, Any]:
@@ -178,8 +178,8 @@ def load_run(run: Path, checkpoint: str | None = None) -> LoadedRun:
     `checkpoint` is a name under `run/checkpoints`, such as "step-00000100"; None is the newest whole one. Raises
     RunFolderError or CheckpointError when something is missing, damaged or foreign.
     """
-    config = Config.model_validate(records.read_json(run / "config.json"))
-    folder = run / records.CHECKPOINTS
+    config = Config.model_validate(run_folder.read_json(run / "config.json"))
+    folder = run / run_folder.CHECKPOINTS
     path = folder / checkpoint if checkpoint else newest_whole(folder)[0]
     if path is None:
         raise RunFolderError(f"{run} has no checkpoint yet; train on with --resume")
@@ -205,7 +205,7 @@ def evaluate(
     _set_threads(loaded.config)
     baselines = {}
     if data is None:
-        env = records.read_json(run / "env.json")
+        env = run_folder.read_json(run / "env.json")
         corpus, baselines = _load_corpus(loaded.config, console or Console(stderr=True)), env["baselines"]
         if corpus.hash != env["data"]["hash"]:
             raise DataError(f"the text that {run} was trained on has changed since; name a text to score with --data")
@@ -218,7 +218,7 @@ def evaluate(
 
 
 def _newest_checkpoint(out: Path, console: Console) -> Path | None:
-    path, damage = newest_whole(out / records.CHECKPOINTS)
+    path, damage = newest_whole(out / run_folder.CHECKPOINTS)
     for line in damage:
         _say(console, f"{line}; going back to {path.name if path else 'the start'}")
     if path is None:

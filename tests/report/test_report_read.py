@@ -19,7 +19,7 @@ def test_reads_what_the_files_say(run):
 @pytest.mark.parametrize("missing", ["config.json", "env.json"])
 def test_refuses_a_folder_that_no_run_made(run, missing):
     (run / missing).unlink()
-    with pytest.raises(RunFolderError, match=f"is not a run folder: it has no {missing}"):
+    with pytest.raises(RunFolderError, match=f"holds no {missing}, so it is no run folder"):
         RunFolder.open(run)
 
 
@@ -31,9 +31,11 @@ def test_names_a_damaged_document_in_one_line(run, content):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["nowhere", "lm_demo/config.json"])
-def test_refuses_what_is_not_a_folder(run, name):
-    with pytest.raises(RunFolderError, match="is not a folder"):
+@pytest.mark.parametrize(
+    ("name", "why"), [("nowhere", "does not exist"), ("lm_demo/config.json", "holds no config.json")]
+)
+def test_refuses_what_is_not_a_folder(run, name, why):
+    with pytest.raises(RunFolderError, match=f"run folder .*{name} {why}"):
         RunFolder.open(run.parent / name)
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from himoe import run
 from himoe.config import load_config
 from himoe.errors import CheckpointError, ConfigError, DataError, MissingExtraError, RunFolderError
-from himoe.train.records import read_log
+from himoe.run_folder import read_log
 from himoe.train.resume import FREE_KEYS
 
 PAGE = Path(__file__).parents[2] / "docs" / "run-folder.md"
@@ -361,7 +361,7 @@ def test_eval_on_other_text_reads_all_of_it(finished, tmp_path):
 def test_eval_of_an_unknown_checkpoint_names_it(finished, tmp_path):
     with pytest.raises(CheckpointError, match="step-00000005"):
         run.evaluate(finished[0], checkpoint="step-00000005")
-    with pytest.raises(RunFolderError, match=r"has no config\.json"):
+    with pytest.raises(RunFolderError, match=r"holds no config\.json"):
         run.evaluate(tmp_path)
 
 

@@ -1,11 +1,10 @@
 """Finds run folders: where a new run goes, which one is meant, which one is unfinished."""
 
-import json
 import time
 from pathlib import Path
 
 from himoe.errors import RunFolderError
-from himoe.registry import nearest
+from himoe.run_folder import is_run_folder, no_run_folder, read_json
 
 RUNS = Path("runs")
 
@@ -20,11 +19,9 @@ def existing_run(path: Path | None) -> Path:
     if path is None:
         known = sorted(RUNS.glob("*/config.json"), key=_written)
         raise RunFolderError(f"name a run folder{f', such as {known[-1].parent}' if known else ''}")
-    if (path / "config.json").is_file():
+    if is_run_folder(path):
         return path
-    beside = [str(config.parent) for config in path.parent.glob("*/config.json")]
-    what = "holds no config.json, so it is no run folder" if path.exists() else "does not exist"
-    raise RunFolderError(f"run folder {path} {what}{nearest(str(path), beside)}")
+    raise no_run_folder(path, known=(config.parent for config in path.parent.glob("*/config.json")))
 
 
 def newest_unfinished() -> Path:
@@ -41,6 +38,6 @@ def _written(path: Path) -> float:
 
 def _finished(run: Path) -> bool:
     try:
-        return json.loads((run / "summary.json").read_text(encoding="utf-8"))["status"] == "finished"
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json(run / "summary.json").get("status") == "finished"
+    except RunFolderError:
         return False

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from himoe.errors import MissingExtraError, RunFolderError
 from himoe.report.read import RunFolder
+from himoe.run_folder import write_text
 
 __all__ = ["RunFolder", "write_report"]
 
@@ -27,15 +28,10 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     from himoe.report.sections import build_page
 
     target = folder.path / "report.html" if out is None else Path(out)
-    partial = target.with_name(f"{target.name}.tmp")
     page = build_page(folder, get_plotlyjs())
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(page, encoding="utf-8")
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_text(target, page)
     except OSError as error:
         raise RunFolderError(f"cannot write the report to {target}: {error.strerror}; give another file") from error
     return target

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from himoe.errors import RunFolderError
+from himoe.run_folder import read_json
 
 
 def number(value: Any) -> float | None:
@@ -53,15 +53,10 @@ class RunFolder:
             RunFolderError: it is missing, lacks config.json or env.json, or holds a damaged JSON document.
         """
         path = Path(path)
-        if not path.is_dir():
-            raise RunFolderError(f"{path} is not a folder; give the run folder that `himoe train` printed at its end")
-        for name in ("config.json", "env.json"):
-            if not (path / name).is_file():
-                raise RunFolderError(f"{path} is not a run folder: it has no {name}; give one that `himoe train` made")
-        run = cls(path, config=_read_object(path / "config.json"), env=_read_object(path / "env.json"))
+        run = cls(path, config=read_json(path / "config.json"), env=read_json(path / "env.json"))
         for line in run._lines("metrics.jsonl"):
             (run.evals if line.get("kind") == "eval" else run.train).append(line)
-        run.summary = _read_object(path / "summary.json")
+        run.summary = read_json(path / "summary.json") if (path / "summary.json").exists() else {}
         if run.summary and (number(run.summary.get("step")) or 0) < run._last_step:
             run.summary = {}
         if not run.summary:
@@ -180,16 +175,3 @@ def _parse_line(raw: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return line if isinstance(line, dict) and number(line.get("step")) is not None else None
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`, {} when there is no such file."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, OSError) as error:
-        raise RunFolderError(f"{path} cannot be read as JSON ({error}); restore it or run again") from error
-    if not isinstance(value, dict):
-        raise RunFolderError(f"{path} holds {type(value).__name__}, not a JSON object; restore it or run again")
-    return value

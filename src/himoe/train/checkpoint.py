@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from himoe.errors import CheckpointError
-from himoe.train.records import sync_folder, write_json
+from himoe.run_folder import sync_folder, write_json
 
 FORMAT = 1
 TEMPORARY = ".tmp-"

@@ -8,11 +8,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from himoe.run_folder import Log, read_log
 from himoe.train.environment import peak_memory_mib
 from himoe.train.interrupt import StopRequest
 from himoe.train.loop import Trainer
 from himoe.train.progress import TrainingProgress
-from himoe.train.records import Log, read_log
 
 
 class Journal:

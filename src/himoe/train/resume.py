@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from himoe.errors import CheckpointError
+from himoe.run_folder import LOGS, truncate_log
 from himoe.train.checkpoint import load_checkpoint, load_model_tensors, model_tensors, save_checkpoint
 from himoe.train.loop import Trainer
-from himoe.train.records import LOGS, truncate_log
 from himoe.train.state import load_trainer_tensors, trainer_tensors
 
 # What may differ between the processes of one run, because it does not change what is computed, or only its rounding.

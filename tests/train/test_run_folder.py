@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from himoe.errors import RunFolderError
-from himoe.train.records import (
+from himoe.run_folder import (
     Log,
     check_run_folder,
     clear_run_folder,
@@ -100,10 +100,10 @@ def test_lines_can_be_read_while_the_run_goes_on_and_a_torn_one_is_cut_off(tmp_p
 
 
 def test_a_missing_or_damaged_document_is_named(tmp_path):
-    with pytest.raises(RunFolderError, match=r"has no env\.json"):
+    with pytest.raises(RunFolderError, match=r"holds no env\.json, so it is no run folder"):
         read_json(tmp_path / "env.json")
     (tmp_path / "env.json").write_text("{")
-    with pytest.raises(RunFolderError, match=r"env\.json is damaged"):
+    with pytest.raises(RunFolderError, match=r"env\.json cannot be read as JSON"):
         read_json(tmp_path / "env.json")
 
 

@@ -1,18 +1,19 @@
-"""Writers of the run folder, the interface between training and everything that reads results (docs/run-folder.md).
+"""The files of a run folder, the interface between training and everything that reads results (docs/run-folder.md).
 
 JSON documents are replaced atomically; the `.jsonl` logs are appended line by line and flushed, so a reader can follow
-a run and a killed process loses at most half a line, which the next start cuts off.
+a run and a killed process loses at most half a line, which the next start cuts off. Never imports torch.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from himoe.errors import RunFolderError
+from himoe.registry import nearest
 
 DOCUMENTS = ("config.json", "env.json", "summary.json", "tokenizer.json")
 LOGS = ("metrics.jsonl", "load.jsonl")
@@ -28,19 +29,26 @@ def check_run_folder(out: Path, *, resume: bool = False, force: bool = False) ->
     if out.exists() and not out.is_dir():
         raise RunFolderError(f"{out} is a file; a run needs a folder: choose another with --out")
     if resume:
-        if not _is_run_folder(out):
+        if not is_run_folder(out):
             raise RunFolderError(f"{out} holds no run to resume; start one without --resume")
         return
     if not out.exists() or all(_is_temporary(path) for path in out.iterdir()):
         return
-    if not _is_run_folder(out):
+    if not is_run_folder(out):
         raise RunFolderError(f"{out} is not empty and not a run folder; nothing was changed: choose another with --out")
     if not force:
         raise RunFolderError(f"{out} already holds a run; continue it with --resume, replace it with --force")
 
 
-def _is_run_folder(out: Path) -> bool:
-    return (out / "config.json").is_file()
+def is_run_folder(path: Path) -> bool:
+    """Return whether a run lies in `path`."""
+    return (path / "config.json").is_file()
+
+
+def no_run_folder(path: Path, *, missing: str = "config.json", known: Iterable[Path] = ()) -> RunFolderError:
+    """Return the error that says why `path` is no run folder, with the nearest of the `known` ones."""
+    what = f"holds no {missing}, so it is no run folder" if path.exists() else "does not exist"
+    return RunFolderError(f"run folder {path} {what}{nearest(str(path), [str(run) for run in known])}")
 
 
 def _is_temporary(path: Path) -> bool:
@@ -68,11 +76,14 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step: a reader sees the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sync_folder(path: Path) -> None:
@@ -86,13 +97,16 @@ def sync_folder(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON document of a run folder. Raises RunFolderError when it is missing or damaged."""
+    """Read a JSON object of a run folder. Raises RunFolderError when it is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunFolderError(f"{path.parent} has no {path.name}; is it a run folder?") from None
-    except ValueError as error:
-        raise RunFolderError(f"{path} is damaged: {error}") from None
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise no_run_folder(path.parent, missing=path.name) from None
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{path} cannot be read as JSON ({error}); restore it or start a new run") from error
+    if not isinstance(document, dict):
+        raise RunFolderError(f"{path} holds no JSON object; restore it or start a new run")
+    return document
 
 
 class Log:
