@@ -6,11 +6,9 @@ Shape letters everywhere: T tokens · D width · F expert hidden · E experts ·
 
 import dataclasses
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -88,14 +86,3 @@ def _register(record: type, constants: tuple[str, ...] = ()) -> None:
 
 _register(RouterContext, constants=("batch_shape", "training"))
 _register(Routing)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which routing is computed: fp32, or fp64 for fp64 input."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which nothing is cast; on a device without autocast, such as meta, it does nothing."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()

@@ -1,7 +1,7 @@
 """`Schedule`: scales any balancer's losses over the optimizer steps.
 
 The Hi-MoE paper (arXiv 2605.08292) trains all its terms jointly; the authors' code can warm the intra-group term up
-linearly; a review of the paper describes two stages, first the inter-group term alone and then both. All three are
+linearly; a reading that neither supports has two stages, first the inter-group term alone and then both. All three are
 schedules of the same terms, so that an ablation can settle which one matters.
 """
 

@@ -76,6 +76,9 @@ class TwoLevelTerms(Balancer):
 
     def losses(self, routing: Routing) -> dict[str, Float[Tensor, ""]]:
         """Return `intra` = −λ_intra·A and `inter` = +λ_inter·B."""
-        measures = self.measures(routing)
-        weighted = {"intra": -self.lambda_intra * measures["intra"], "inter": self.lambda_inter * measures["inter"]}
-        return {name: value for name, value in weighted.items() if getattr(self, f"lambda_{name}")}
+        measures, result = self.measures(routing), {}
+        if self.lambda_intra:
+            result["intra"] = -self.lambda_intra * measures["intra"]
+        if self.lambda_inter:
+            result["inter"] = self.lambda_inter * measures["inter"]
+        return result

@@ -15,8 +15,8 @@ q_e = p_e/m_g the share inside it and C_g = Σ_{e∈g} q_e² its concentration:
 
 The loss terms are −λ_intra·A and +λ_inter·B. The published text and the published code use different pairs;
 `group_conditional` is ours, it rewards decisiveness inside each group without rewarding all mass on one group;
-`group_entropy` and `group_load` are the forms of a later review. Everything is computed from log p, so no share is
-0/0 when a group's mass underflows.
+`group_entropy` and `group_load` are the forms of a two-stage reading of the paper, here to compare. Everything is
+computed from log p, so no share is 0/0 when a group's mass underflows.
 """
 
 from collections.abc import Callable

@@ -17,8 +17,15 @@ from himoe.types import RouterContext
 Selection = tuple[Int[Tensor, "T K"], Bool[Tensor, "T K"]]
 
 
+def check_top_k(num_experts: int, top_k: int) -> None:
+    """Raise `ConfigError` unless 1 ≤ K ≤ E."""
+    if not 1 <= top_k <= num_experts:
+        raise ConfigError(f"top_k = {top_k} must be between 1 and num_experts = {num_experts}")
+
+
 def top_k(scores: Float[Tensor, "T E"], context: RouterContext, *, k: int) -> Selection:  # noqa: ARG001
-    """The k experts of highest score, best first."""
+    """The k experts of highest score, best first; raises `ConfigError` unless 1 ≤ k ≤ E."""
+    check_top_k(scores.shape[-1], k)
     expert_ids = scores.topk(k, dim=-1).indices
     return expert_ids, torch.ones_like(expert_ids, dtype=torch.bool)
 

@@ -1,10 +1,11 @@
 """The modules of one MoE layer, parameters and wiring only, and the three calls of a training loop."""
 
+from himoe.nn.adapter import MoEAdapter, collect_routings
 from himoe.nn.dispatch import Capacity, Dropless
 from himoe.nn.experts import GELUExperts, SwiGLU, SwiGLUExperts
 from himoe.nn.gate import Gate
 from himoe.nn.hooks import aux_losses, observe, step
-from himoe.nn.moe import MoE, MoEAdapter, collect_routings, moe_layers
+from himoe.nn.moe import MoE, moe_layers
 from himoe.nn.router import Router
 
 __all__ = [

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from himoe.errors import ConfigError
 from himoe.kernels import expert_mlp
+from himoe.kernels.activation import HIDDEN_PER_UNIT
 
 
 class _Experts(nn.Module):
@@ -17,7 +18,6 @@ class _Experts(nn.Module):
 
     activation: ClassVar[str]
     up_proj_name: ClassVar[str] = "up_proj"
-    rows_per_unit: ClassVar[int] = 1
 
     def __init__(self, num_experts: int, dim: int, hidden_dim: int, *, backend: str = "auto") -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class _Experts(nn.Module):
                 f"experts: num_experts = {num_experts}, dim = {dim}, hidden_dim = {hidden_dim} must be ≥ 1"
             )
         self.num_experts, self.dim, self.hidden_dim, self.backend = num_experts, dim, hidden_dim, backend
-        up_proj = nn.Parameter(torch.empty(num_experts, self.rows_per_unit * hidden_dim, dim))
+        up_proj = nn.Parameter(torch.empty(num_experts, HIDDEN_PER_UNIT[self.activation] * hidden_dim, dim))
         self.register_parameter(self.up_proj_name, up_proj)
         self.down_proj = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.reset_parameters()
@@ -66,7 +66,7 @@ class SwiGLUExperts(_Experts):
     Parameters: `gate_up_proj` (E, 2F, D), gate rows first; `down_proj` (E, D, F).
     """
 
-    activation, up_proj_name, rows_per_unit = "swiglu", "gate_up_proj", 2
+    activation, up_proj_name = "swiglu", "gate_up_proj"
 
 
 class GELUExperts(_Experts):

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from himoe.types import accumulation_dtype, without_autocast
+from himoe.functional.precision import accumulation_dtype, without_autocast
 
 
 class Gate(nn.Module):

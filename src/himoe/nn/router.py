@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from himoe.balance import Balancer
 from himoe.errors import ConfigError
 from himoe.functional import scores as score_functions
-from himoe.types import RouterContext, Routing, accumulation_dtype, without_autocast
+from himoe.functional.precision import accumulation_dtype, without_autocast
+from himoe.types import RouterContext, Routing
 
 ScoreFunction = Callable[[Tensor], Tensor]
 Selector = Callable[[Tensor, RouterContext], tuple[Tensor, Tensor]]

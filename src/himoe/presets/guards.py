@@ -2,7 +2,7 @@
 
 import warnings
 
-from himoe.balance import Balancer, LossFree, Switch, TwoLevelTerms
+from himoe.balance import Balancer, DualAscent, LossFree, Switch, TwoLevelTerms
 from himoe.errors import GuardError, HimoeWarning
 from himoe.functional.scores import softmax
 from himoe.nn.router import ScoreFunction
@@ -28,7 +28,7 @@ def check_guards(balancer: Balancer, *, top_k: int, score: ScoreFunction | None 
             small beside softmax scores.
     """
     for part in balancer.modules():
-        if isinstance(part, TwoLevelTerms) and part.lambda_intra > 0:
+        if isinstance(part, TwoLevelTerms):
             _warn_of_one_group(part, top_k)
             if part.intra == "group_conditional":
                 _refuse_collapse(part, balancer, force)
@@ -38,6 +38,8 @@ def check_guards(balancer: Balancer, *, top_k: int, score: ScoreFunction | None 
 
 def _warn_of_one_group(terms: TwoLevelTerms, top_k: int) -> None:
     intra, inter = terms.lambda_intra, terms.lambda_inter
+    if intra == 0:
+        return
     form = (terms.intra, terms.inter)
     if form in (("global", "dense"), ("entropy", "entropy")) and inter <= intra:
         warnings.warn(
@@ -62,17 +64,19 @@ def _refuse_collapse(terms: TwoLevelTerms, balancer: Balancer, force: bool) -> N
     alpha = sum(part.weight for part in parts if isinstance(part, Switch))
     if any(part.balances_load and not isinstance(part, Switch) for part in parts):
         return
+    # Dual ascent may raise λ_intra up to its maximum.
+    reachable = [part.maximum for part in parts if isinstance(part, DualAscent) and part.terms is terms]
+    largest = max(terms.lambda_intra, *reachable) if reachable else terms.lambda_intra
+    if largest == 0:
+        return
     if alpha == 0:
-        problem = f"lambda_intra = {terms.lambda_intra:g} without any load-balancing part"
-    elif terms.lambda_intra / alpha > MAX_RATIO:
-        problem = (
-            f"lambda_intra/alpha = {terms.lambda_intra:g}/{alpha:g} = {terms.lambda_intra / alpha:g} > {MAX_RATIO}"
-        )
+        problem = f"lambda_intra = {largest:g} without any load-balancing part"
+    elif largest / alpha > MAX_RATIO * (1 + 1e-9):
+        problem = f"lambda_intra/alpha = {largest:g}/{alpha:g} = {largest / alpha:g} > {MAX_RATIO}"
     else:
         return
-    message = (
-        f"group_conditional: {problem}: one expert per group would take everything; raise alpha or lower lambda_intra"
-    )
+    advice = "one expert per group would take everything; raise the load-balancing weight alpha or lower lambda_intra"
+    message = f"group_conditional: {problem}: {advice}"
     if not force:
         raise GuardError(f"{message} (force=True, in a configuration moe.force = true, to try it all the same)")
     warnings.warn(message, HimoeWarning, stacklevel=4)

@@ -12,17 +12,17 @@
 The published α counts f with sum K; ours is K times as large for the same loss.
 """
 
-import functools
-from collections.abc import Sequence
-from typing import Any
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
-from himoe.balance import Balancer, LogitCorrection, Schedule, Switch, TwoLevelTerms, ZLoss
+from himoe.balance import Balancer, DualAscent, LogitCorrection, Schedule, Switch, TwoLevelTerms, ZLoss
 from himoe.errors import ConfigError
 from himoe.nn import Router
 from himoe.presets.grouped import GroupList, grouped_router, resolve_groups
-from himoe.presets.guards import check_guards
+from himoe.presets.guards import MAX_RATIO, check_guards
 
-PUBLISHED_ALPHA = 0.01  # with f summing to K
+F = TypeVar("F", bound=Callable[..., Router])
 
 
 def hi_moe(
@@ -46,6 +46,10 @@ def hi_moe(
     expert_scale: bool = False,
     schedule: str = "joint",
     schedule_steps: int = 0,
+    epsilon_intra: float | None = None,
+    epsilon_inter: float | None = None,
+    dual_rate: float = 1e-3,
+    dual_maximum: float | None = None,
     z_loss: float = 0.0,
     force: bool = False,
 ) -> Router:
@@ -71,6 +75,10 @@ def hi_moe(
         expert_scale: learned factor per expert.
         schedule: `joint`, `warmup` (intra rises linearly over `schedule_steps`) or `two_stage` (no intra until then).
         schedule_steps: optimizer steps of the first part.
+        epsilon_intra: with `epsilon_inter`, bounds for `DualAscent`: both λ then move, from the values given here.
+        epsilon_inter: see `epsilon_intra`.
+        dual_rate: η of the dual ascent.
+        dual_maximum: λ_max of the dual ascent; default 2.5·alpha, the largest that the guards accept.
         z_loss: weight of the router z-loss.
         force: build what a guard would refuse.
 
@@ -90,7 +98,14 @@ def hi_moe(
         inter=inter,
         source=source,
     )
-    parts += [_scheduled(terms, schedule, schedule_steps), Switch(weight=alpha, source="raw")]
+    steered: Balancer = terms
+    if epsilon_intra is not None and epsilon_inter is not None:
+        maximum = MAX_RATIO * alpha if dual_maximum is None else dual_maximum
+        bounds = {"epsilon_intra": epsilon_intra, "epsilon_inter": epsilon_inter}
+        steered = DualAscent(terms, **bounds, rate=dual_rate, maximum=maximum)
+    elif epsilon_intra is not None or epsilon_inter is not None:
+        raise ConfigError("hi_moe: dual ascent needs both epsilon_intra and epsilon_inter")
+    parts += [_scheduled(steered, schedule, schedule_steps), Switch(weight=alpha, source="raw")]
     if z_loss:
         parts.append(ZLoss(weight=z_loss))
     router = grouped_router(dim, partition, per_group, parts, renormalize=renormalize, expert_scale=expert_scale)
@@ -98,7 +113,7 @@ def hi_moe(
     return router
 
 
-def _scheduled(terms: TwoLevelTerms, schedule: str, steps: int) -> Balancer:
+def _scheduled(terms: Balancer, schedule: str, steps: int) -> Balancer:
     if schedule == "joint":
         return terms
     if schedule not in ("warmup", "two_stage"):
@@ -108,7 +123,25 @@ def _scheduled(terms: TwoLevelTerms, schedule: str, steps: int) -> Balancer:
     return Schedule(terms, schedule, steps=steps, only=("intra",))
 
 
-@functools.wraps(hi_moe, assigned=(), updated=())
+PUBLISHED = {"lambda_intra": 0.1, "lambda_inter": 0.05, "intra": "global", "correction": "same_batch"}
+PAPER = PUBLISHED | {"inter": "selected", "source": "corrected", "renormalize": False}
+OFFICIAL = PUBLISHED | {"inter": "dense", "expert_scale": True}
+
+
+def _with_defaults_of_hi_moe(changed: dict[str, Any]) -> Callable[[F], F]:
+    """Give a preset that passes `**options` on the signature it really has: `hi_moe`'s, with other defaults."""
+
+    def decorate(preset: F) -> F:
+        parameters = inspect.signature(hi_moe).parameters.values()
+        preset.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [p.replace(default=changed.get(p.name, p.default)) for p in parameters], return_annotation=Router
+        )
+        return preset
+
+    return decorate
+
+
+@_with_defaults_of_hi_moe(PAPER | {"alpha": None})
 def hi_moe_paper(dim: int, num_experts: int, top_k: int | Sequence[int], **options: Any) -> Router:
     """Hi-MoE as the paper prints it: warns, its optimum puts a token's mass on one group. Not causal.
 
@@ -116,22 +149,12 @@ def hi_moe_paper(dim: int, num_experts: int, top_k: int | Sequence[int], **optio
         dim: D.
         num_experts: E.
         top_k: K in total, a multiple of the number of groups, or one k' per group.
-        **options: as in `hi_moe`; the defaults are the paper's.
+        **options: as in `hi_moe`, with the paper's defaults; `alpha` is K·0.01.
     """
-    published = {
-        "alpha": _total(top_k) * PUBLISHED_ALPHA,
-        "lambda_intra": 0.1,
-        "lambda_inter": 0.05,
-        "intra": "global",
-        "inter": "selected",
-        "source": "corrected",
-        "correction": "same_batch",
-        "renormalize": False,
-    }
-    return hi_moe(dim, num_experts, top_k, **{**published, **options})
+    return hi_moe(dim, num_experts, top_k, **{"alpha": _published_alpha(top_k), **PAPER, **options})
 
 
-@functools.wraps(hi_moe, assigned=(), updated=())
+@_with_defaults_of_hi_moe(OFFICIAL | {"alpha": None})
 def hi_moe_official(dim: int, num_experts: int, top_k: int | Sequence[int], **options: Any) -> Router:
     """Hi-MoE as its authors' code runs it: warns, its optimum puts a token's mass on one group. Not causal.
 
@@ -139,19 +162,11 @@ def hi_moe_official(dim: int, num_experts: int, top_k: int | Sequence[int], **op
         dim: D.
         num_experts: E.
         top_k: K in total, a multiple of the number of groups, or one k' per group.
-        **options: as in `hi_moe`; the defaults are those of the authors' code.
+        **options: as in `hi_moe`, with the defaults of the authors' code; `alpha` is K·0.01.
     """
-    published = {
-        "alpha": _total(top_k) * PUBLISHED_ALPHA,
-        "lambda_intra": 0.1,
-        "lambda_inter": 0.05,
-        "intra": "global",
-        "inter": "dense",
-        "correction": "same_batch",
-        "expert_scale": True,
-    }
-    return hi_moe(dim, num_experts, top_k, **{**published, **options})
+    return hi_moe(dim, num_experts, top_k, **{"alpha": _published_alpha(top_k), **OFFICIAL, **options})
 
 
-def _total(top_k: int | Sequence[int]) -> int:
-    return top_k if isinstance(top_k, int) else sum(top_k)
+def _published_alpha(top_k: int | Sequence[int]) -> float:
+    """Return the published 0.01, which counts f with sum K, in our convention."""
+    return 0.01 * (top_k if isinstance(top_k, int) else sum(top_k))

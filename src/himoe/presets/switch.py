@@ -3,9 +3,9 @@
 from functools import partial
 
 from himoe.balance import Chain, Switch, ZLoss
+from himoe.functional.selection import check_top_k
 from himoe.functional.selection import top_k as select_top_k
 from himoe.nn import Gate, Router
-from himoe.presets.flat import check_top_k
 
 
 def switch(
