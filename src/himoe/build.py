@@ -13,7 +13,7 @@ from himoe import registry
 from himoe.balance import Balancer, Chain
 from himoe.config import Config
 from himoe.config.schema import MoEConfig
-from himoe.errors import ConfigError, HimoeWarning
+from himoe.errors import ConfigError, HimoeWarning, nearest
 from himoe.functional.groups import Groups
 from himoe.models import DecoderLM
 from himoe.nn import Capacity, Dropless, Gate, MoE, Router, SwiGLU
@@ -137,7 +137,7 @@ def _call(function: Callable[..., Any], where: str, options: dict[str, Any], giv
         if name not in allowed:
             raise ConfigError(
                 f"{where}: unknown option {name} = {value!r}; allowed: {', '.join(allowed) or 'none'}"
-                f"{registry.nearest(name, list(allowed))}"
+                f"{nearest(name, allowed)}"
             )
     try:
         return function(**given, **options)

@@ -4,6 +4,20 @@ A message says where, what was given, what is allowed and what to do. The comman
 with status 2; a traceback appears only with `--debug`. Faults of our own (broken invariants) stay `AssertionError`.
 """
 
+import difflib
+from collections.abc import Iterable, Mapping
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return `"; did you mean 'x'?"` for a near miss, else an empty string; of a mapping, x is the nearest key's value.
+
+    >>> nearest("sofmax", ["sigmoid", "softmax"])
+    "; did you mean 'softmax'?"
+    """
+    for close in difflib.get_close_matches(name, list(known), n=1):
+        return f"; did you mean {(known[close] if isinstance(known, Mapping) else close)!r}?"
+    return ""
+
 
 class HimoeError(Exception):
     """Base of all errors that a user can cause and mend."""

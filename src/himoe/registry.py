@@ -4,11 +4,10 @@ Every strategy is one line here, one file, one test. Wherever a name is accepted
 `"package.module:Class"`. This file imports no torch, so names can be checked and listed at once.
 """
 
-import difflib
 import importlib
 from typing import Any
 
-from himoe.errors import ConfigError
+from himoe.errors import ConfigError, nearest
 
 BALANCERS = {
     "logit_correction": "himoe.balance.logit_correction:LogitCorrection",
@@ -21,6 +20,7 @@ SELECTORS = {
     "top_k": "himoe.functional.selection:top_k",
     "top_k_per_group": "himoe.functional.selection:top_k_per_group",
 }
+GROUPED_SELECTORS = frozenset({"top_k_per_group"})  # that take equally many experts from each group
 SCORES = {
     "softmax": "himoe.functional.scores:softmax",
     "sigmoid": "himoe.functional.scores:sigmoid",
@@ -37,6 +37,7 @@ PRESETS = {
     "switch": "himoe.presets.switch:switch",
     "loss_free": "himoe.presets.loss_free:loss_free",
 }
+GROUPED_PRESETS = frozenset({"hi_moe", "hi_moe_paper", "hi_moe_official", "moge"})
 TABLES = {
     "balancers": BALANCERS,
     "selectors": SELECTORS,
@@ -44,12 +45,6 @@ TABLES = {
     "experts": EXPERTS,
     "presets": PRESETS,
 }
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """Return `"; did you mean 'x'?"` for a near miss, else an empty string."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def check_name(table: str, name: str) -> None:

@@ -4,7 +4,6 @@ Bad input gets one clear line on stderr and exit status 2, Ctrl-C 130; a traceba
 PyTorch is imported by the verbs that compute, after their arguments have been checked.
 """
 
-import difflib
 import errno
 import inspect
 import os
@@ -19,7 +18,7 @@ from himoe.cli.listing import List
 from himoe.cli.parsing import parse
 from himoe.cli.report import Report
 from himoe.cli.train import Train
-from himoe.errors import ConfigError, HimoeError, HimoeWarning
+from himoe.errors import ConfigError, HimoeError, HimoeWarning, nearest
 
 VERBS = {"train": Train, "eval": Eval, "report": Report, "list": List}
 
@@ -75,9 +74,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"himoe {himoe.__version__}")
         return 0
     if verb not in VERBS:
-        close = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"no verb {verb!r}; known: {', '.join(VERBS)}{hint}")
+        raise ConfigError(f"no verb {verb!r}; known: {', '.join(VERBS)}{nearest(verb, list(VERBS))}")
     command = parse(VERBS[verb], f"himoe {verb}", rest)
     return 0 if command is None else command.run(["himoe", *arguments])
 

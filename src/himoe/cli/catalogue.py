@@ -7,8 +7,8 @@ from pathlib import Path
 
 import himoe
 from himoe.config import recipe_description, recipe_names, recipe_text
-from himoe.errors import ConfigError
-from himoe.registry import TABLES, nearest
+from himoe.errors import ConfigError, nearest
+from himoe.registry import TABLES
 
 KINDS = (*TABLES, "recipes")
 LINE = 80

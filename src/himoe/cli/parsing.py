@@ -1,7 +1,6 @@
 """Turns arguments into a verb's dataclass with tyro, and tyro's error boxes into one line."""
 
 import contextlib
-import difflib
 import inspect
 import io
 import re
@@ -11,7 +10,7 @@ from typing import Any, Protocol
 
 import tyro
 
-from himoe.errors import ConfigError
+from himoe.errors import ConfigError, nearest
 
 
 class Verb(Protocol):
@@ -57,8 +56,7 @@ def _unexpected(verb: type, argument: str) -> str:
     if not argument.startswith("-"):
         return f"unexpected argument {argument!r}"
     known = ["--help", *(f"--{_option_name(field.name, field.type)}" for field in fields(verb))]
-    close = difflib.get_close_matches(argument.partition("=")[0], known, n=1)
-    return f"unknown option {argument!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+    return f"unknown option {argument!r}{nearest(argument.partition('=')[0], known)}"
 
 
 def _option_name(field: str, annotation: Any) -> str:

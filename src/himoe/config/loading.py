@@ -17,8 +17,7 @@ from pydantic import BaseModel
 
 from himoe.config.recipes import DEFAULT_RECIPE, recipe_text
 from himoe.config.schema import Config
-from himoe.errors import ConfigError
-from himoe.registry import nearest
+from himoe.errors import ConfigError, nearest
 
 # A layer that sets the key on the left, to anything but none, drops what lower layers said about those on the right.
 RETIRES = {

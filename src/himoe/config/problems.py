@@ -1,6 +1,5 @@
 """What is wrong with a configuration, in words: the key, the value given, what is allowed, the nearest name."""
 
-import difflib
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -8,8 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from himoe.config.toml import format_value
-from himoe.errors import ConfigError
-from himoe.registry import nearest
+from himoe.errors import ConfigError, nearest
 
 LONGEST_VALUE = 60
 NOT_GIVEN = object()
@@ -90,9 +88,7 @@ def unknown_key(location: tuple[int | str, ...], keys: dict[str, list[str]]) -> 
     elsewhere = {key: f"{section}.{key}" for section, names in keys.items() if section for key in names}
     if last in elsewhere:
         return f"unknown key; did you mean {elsewhere[last]!r}?"
-    hint = nearest(last, siblings)
-    if not hint and (close := difflib.get_close_matches(last, list(elsewhere), n=1)):
-        hint = f"; did you mean {elsewhere[close[0]]!r}?"
+    hint = nearest(last, siblings) or nearest(last, elsewhere)
     return f"unknown key{hint or '; known here: ' + ', '.join(siblings)}"
 
 

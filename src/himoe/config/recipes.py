@@ -2,8 +2,7 @@
 
 from importlib import resources
 
-from himoe.errors import ConfigError
-from himoe.registry import nearest
+from himoe.errors import ConfigError, nearest
 
 DEFAULT_RECIPE = "lm_demo"
 

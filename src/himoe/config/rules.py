@@ -4,13 +4,11 @@ A rule names the keys it looks at and returns what is allowed, or None when all 
 is reported. A rule is skipped when one of its keys has a problem of its own.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from himoe.config.problems import Problem
-
-GROUPED_PRESETS = frozenset({"hi_moe", "hi_moe_paper", "hi_moe_official", "moge"})
-GROUPED_SELECTORS = frozenset({"top_k_per_group"})
+from himoe.registry import GROUPED_PRESETS, GROUPED_SELECTORS
 
 Rule = Callable[..., str | None]
 RULES: list[tuple[tuple[str, ...], Rule]] = []
@@ -66,6 +64,10 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def _grouped(preset: str | None, selector: str | None) -> bool:
     return preset in GROUPED_PRESETS or selector in GROUPED_SELECTORS
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
 
 
 def _multiple(value: int, factor: int, of: str) -> str | None:
@@ -174,7 +176,7 @@ def _only_grouped(preset: str | None, selector: str | None) -> str | None:
     own = next((name for name in (preset, selector) if name and ":" in name), None)
     if own or _grouped(preset, selector):
         return None
-    return f"needs selection by group: a preset of {', '.join(sorted(GROUPED_PRESETS))}, or selector top_k_per_group"
+    return f"needs selection by group: a preset of {_listed(GROUPED_PRESETS)}, or selector {_listed(GROUPED_SELECTORS)}"
 
 
 @rule("moe.top_k_per_group", "moe.top_k", "moe.num_groups", "moe.groups", "moe.num_experts")

@@ -11,8 +11,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from himoe.config.problems import Problem, config_error, translate
 from himoe.config.rules import broken_rules, fill_in, flatten
-from himoe.errors import ConfigError
-from himoe.registry import TABLES, check_name, nearest
+from himoe.errors import ConfigError, nearest
+from himoe.registry import TABLES, check_name
 
 STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
