@@ -4,34 +4,31 @@ Nothing is written before the configuration, the text and the model are known to
 described in docs/run-folder.md, training itself in docs/training.md.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
 
 from himoe import run_folder
 from himoe.build import build_model
 from himoe.config import Config
-from himoe.data import Corpus, Tokenizer, TrainingOrder, load_tokenizer, ngram_baselines, prepare
-from himoe.data.sources import read_source
-from himoe.errors import DataError, HimoeError, RunFolderError
+from himoe.data import Corpus, TrainingOrder, ngram_baselines
+from himoe.errors import DataError, HimoeError
 from himoe.functional.groups import Groups
-from himoe.models import DecoderLM, parameter_counts
+from himoe.models import parameter_counts
 from himoe.report import write_report
-from himoe.train.checkpoint import load_checkpoint, load_model_tensors, newest_whole
+from himoe.train.checkpoint import newest_whole
 from himoe.train.environment import best_device, describe_data, describe_environment, now
-from himoe.train.evaluate import Text, evaluate_domains
 from himoe.train.fit import Journal, describe_evaluation, fit
 from himoe.train.loop import Trainer
 from himoe.train.optimizer import build_optimizer
-from himoe.train.progress import TrainingProgress, preparing
-from himoe.train.resume import restore, rewind_logs, save
+from himoe.train.progress import TrainingProgress
 from himoe.train.schedule import learning_rate_schedule
+from himoe.train.snapshot import restore, rewind_logs, save
 from himoe.train.statistics import Statistics
+from himoe.trained import held_out, load_corpus, score, set_threads, with_baselines
 
 
 def train(
@@ -59,8 +56,8 @@ def train(
     console = console or Console(stderr=True)
     run_folder.check_run_folder(out, resume=resume, force=force)
     checkpoint = _newest_checkpoint(out, console) if resume else None
-    _set_threads(config)
-    corpus = _load_corpus(config, console)
+    set_threads(config)
+    corpus = load_corpus(config, console)
     run = _Run(config, corpus, _build_trainer(config, corpus), out, console)
     if checkpoint:
         run.resume(checkpoint)
@@ -119,7 +116,7 @@ class _Run:
         finally:
             journal.close()
         summary = journal.summary("finished" if finished else "interrupted")
-        summary["domains"] = _with_baselines(summary["domains"], env["baselines"])
+        summary["domains"] = with_baselines(summary["domains"], env["baselines"])
         summary["parameters"] = env["parameters"]
         run_folder.write_json(self.out / "summary.json", summary)
         self._report()
@@ -128,24 +125,24 @@ class _Run:
         return summary
 
     def _fit(self, journal: Journal) -> bool:
-        how = self.config.train
-        with TrainingProgress(self.console, steps=how.steps, done=self.trainer.steps_done) as progress:
+        settings = self.config.train
+        with TrainingProgress(self.console, steps=settings.steps, done=self.trainer.steps_done) as progress:
             return fit(
                 self.trainer,
                 journal,
                 progress,
-                steps=how.steps,
+                steps=settings.steps,
                 evaluate=lambda: self._evaluate(self.config.data.eval_tokens),
                 save=lambda: self._save(journal.seconds),
-                log_every=how.log_every,
-                eval_every=how.eval_every,
-                checkpoint_every=how.checkpoint_every,
+                log_every=settings.log_every,
+                eval_every=settings.eval_every,
+                checkpoint_every=settings.checkpoint_every,
             )
 
     def _evaluate(self, num_tokens: int | None) -> dict[str, Any]:
-        lengths, texts = self.corpus.tokenizer.byte_lengths, _held_out(self.corpus)
+        lengths, texts = self.corpus.tokenizer.byte_lengths, held_out(self.corpus)
         texts = {name: text.prefix(num_tokens, lengths) for name, text in texts.items()}
-        return _score(self.config, self.trainer.model, self.corpus.tokenizer, texts)
+        return score(self.config, self.trainer.model, self.corpus.tokenizer, texts)
 
     def _save(self, seconds: float) -> None:
         folder, keep = self.out / run_folder.CHECKPOINTS, self.config.train.keep_checkpoints
@@ -161,62 +158,6 @@ class _Run:
             _say(self.console, f"no report.html: {error}")
 
 
-@dataclass(frozen=True)
-class LoadedRun:
-    """A trained model with what is needed to use it."""
-
-    config: Config
-    tokenizer: Tokenizer
-    model: DecoderLM
-    checkpoint: Path
-    step: int
-
-
-def load_run(run: Path, checkpoint: str | None = None) -> LoadedRun:
-    """Load the model of a run folder, in eval mode.
-
-    `checkpoint` is a name under `run/checkpoints`, such as "step-00000100"; None is the newest whole one. Raises
-    RunFolderError or CheckpointError when something is missing, damaged or foreign.
-    """
-    config = Config.model_validate(run_folder.read_json(run / "config.json"))
-    folder = run / run_folder.CHECKPOINTS
-    path = folder / checkpoint if checkpoint else newest_whole(folder)[0]
-    if path is None:
-        raise RunFolderError(f"{run} has no checkpoint yet; train on with --resume")
-    saved = load_checkpoint(path)
-    tokenizer = load_tokenizer(run / "tokenizer.json")
-    model = build_model(config, tokenizer.vocab_size)
-    load_model_tensors(model, saved.model, path)
-    return LoadedRun(config, tokenizer, model.to(best_device()).eval(), path, saved.state["step"])
-
-
-def evaluate(
-    run: Path, *, data: Path | None = None, checkpoint: str | None = None, console: Console | None = None
-) -> dict[str, Any]:
-    """Score a run's model on its own held-out text, or on all of another; return domains, loss and bits per byte.
-
-    Args:
-        run: the run folder.
-        data: a text file or folder, split into domains as for training; None is the run's own held-out text.
-        checkpoint: as for `load_run`.
-        console: where notes go; standard error when None.
-    """
-    loaded = load_run(run, checkpoint)
-    _set_threads(loaded.config)
-    baselines = {}
-    if data is None:
-        env = run_folder.read_json(run / "env.json")
-        corpus, baselines = _load_corpus(loaded.config, console or Console(stderr=True)), env["baselines"]
-        if corpus.hash != env["data"]["hash"]:
-            raise DataError(f"the text that {run} was trained on has changed since; name a text to score with --data")
-        texts = _held_out(corpus)
-    else:
-        texts = {name: Text.encode(documents, loaded.tokenizer) for name, documents in read_source(data).load().items()}
-    result = _score(loaded.config, loaded.model, loaded.tokenizer, texts)
-    domains = _with_baselines(result.pop("domains"), baselines)
-    return {"run": str(run), "checkpoint": loaded.checkpoint.name, "step": loaded.step, "domains": domains, **result}
-
-
 def _newest_checkpoint(out: Path, console: Console) -> Path | None:
     path, damage = newest_whole(out / run_folder.CHECKPOINTS)
     for line in damage:
@@ -226,73 +167,38 @@ def _newest_checkpoint(out: Path, console: Console) -> Path | None:
     return path
 
 
-def _load_corpus(config: Config, console: Console) -> Corpus:
-    data = config.data
-    with preparing(console) as progress:
-        return prepare(
-            Path(data.path) if data.path else None,
-            tokenizer=data.tokenizer,
-            vocab_size=data.vocab_size,
-            held_out=data.held_out,  # the split's own seed stays 0: runs of several seeds share their held-out text
-            progress=progress,
-        )
-
-
 def _build_trainer(config: Config, corpus: Corpus) -> Trainer:
     """Build order, model, optimizer and statistics; raises DataError for a text too short for one batch."""
-    how = config.train
-    order = TrainingOrder(corpus.train.tokens, how.seq_len, config.seed)
-    if order.windows_per_epoch < how.batch_size:
+    settings = config.train
+    order = TrainingOrder(corpus.train.tokens, settings.seq_len, config.seed)
+    if order.windows_per_epoch < settings.batch_size:
         raise DataError(
             f"the training text is too short for one batch: {corpus.train.num_tokens} tokens are "
-            f"{order.windows_per_epoch} sequences of train.seq_len = {how.seq_len}, and train.batch_size = "
-            f"{how.batch_size}; give more text or lower one of the two"
+            f"{order.windows_per_epoch} sequences of train.seq_len = {settings.seq_len}, and train.batch_size = "
+            f"{settings.batch_size}; give more text or lower one of the two"
         )
     model = build_model(config, corpus.tokenizer.vocab_size).to(best_device())
     groups = Groups.of(config.moe.groups or config.moe.num_groups, config.moe.num_experts)
     return Trainer(
         model,
         order,
-        optimizer=build_optimizer(model, how.learning_rate, weight_decay=how.weight_decay, betas=how.betas),
+        optimizer=build_optimizer(
+            model, settings.learning_rate, weight_decay=settings.weight_decay, betas=settings.betas
+        ),
         learning_rate=learning_rate_schedule(
-            how.schedule,
-            how.learning_rate,
-            steps=how.steps,
-            warmup_steps=how.warmup_steps,
-            min_ratio=how.min_learning_rate_ratio,
-            decay_fraction=how.decay_fraction,
+            settings.schedule,
+            settings.learning_rate,
+            steps=settings.steps,
+            warmup_steps=settings.warmup_steps,
+            min_ratio=settings.min_learning_rate_ratio,
+            decay_fraction=settings.decay_fraction,
         ),
         statistics=Statistics(model.moe_layer_indices(), groups, device=best_device()),
-        batch_size=how.batch_size,
-        accumulate=how.accumulate,
-        grad_clip=how.grad_clip,
-        precision=how.precision,
+        batch_size=settings.batch_size,
+        accumulate=settings.accumulate,
+        grad_clip=settings.grad_clip,
+        precision=settings.precision,
     )
-
-
-def _held_out(corpus: Corpus) -> dict[str, Text]:
-    return {name: Text(file.tokens, file.num_bytes) for name, file in corpus.held_out.items()}
-
-
-def _score(config: Config, model: nn.Module, tokenizer: Tokenizer, texts: Mapping[str, Text]) -> dict[str, Any]:
-    how = config.train
-    return evaluate_domains(
-        model,
-        texts,
-        start_token=tokenizer.end_of_document,
-        seq_len=how.seq_len,
-        batch_size=how.batch_size // how.accumulate,
-        precision=how.precision,
-    )
-
-
-def _with_baselines(domains: Mapping[str, Any], baselines: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: {**record, **baselines.get(name, {})} for name, record in domains.items()}
-
-
-def _set_threads(config: Config) -> None:
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
 
 
 def _say(console: Console, text: str) -> None:

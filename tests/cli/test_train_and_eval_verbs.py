@@ -47,7 +47,8 @@ def calls(monkeypatch, tmp_path):
         made.report = (run, out)
         return out or run / "report.html"
 
-    monkeypatch.setitem(sys.modules, "himoe.run", SimpleNamespace(train=train, evaluate=evaluate))
+    monkeypatch.setitem(sys.modules, "himoe.run", SimpleNamespace(train=train))
+    monkeypatch.setitem(sys.modules, "himoe.trained", SimpleNamespace(evaluate=evaluate))
     monkeypatch.setitem(sys.modules, "himoe.report", SimpleNamespace(write_report=write_report))
     monkeypatch.chdir(tmp_path)
     return made

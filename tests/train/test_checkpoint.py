@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -17,7 +18,7 @@ from himoe.train.checkpoint import (
     newest_whole,
     save_checkpoint,
 )
-from himoe.train.resume import check_same_run, restore, save
+from himoe.train.snapshot import check_same_run, restore, save
 
 CONFIG = {"seed": 0, "train": {"steps": 20, "log_every": 5}, "moe": {"options": {"alpha": 0.1}}}
 
@@ -211,13 +212,14 @@ def test_another_model_is_refused_by_name(tmp_path):
         ({**CONFIG, "seed": 1}, "abc", "seed was 0, now 1"),
         ({**CONFIG, "train": {"steps": 30, "log_every": 5}}, "abc", r"train\.steps was 20, now 30"),
         ({**CONFIG, "moe": {"options": {"alpha": 0.2}}}, "abc", r"moe\.options\.alpha was 0\.1, now 0\.2"),
+        ({**CONFIG, "seed": 1}, "abc", r"put these values back in run/config\.json, or start a new run"),
         (CONFIG, "abd", "other text"),
     ],
 )
-def test_a_foreign_checkpoint_is_refused_with_what_differs(tmp_path, config, data_hash, words):
+def test_a_foreign_checkpoint_is_refused_with_what_differs(config, data_hash, words):
     state = {"config": CONFIG, "data_hash": "abc"}
     with pytest.raises(CheckpointError, match=words):
-        check_same_run(tmp_path, state, config, data_hash)
+        check_same_run(Path("run/checkpoints/step-00000004"), state, config, data_hash)
 
 
 def test_how_often_to_log_may_change(tmp_path):

@@ -1,4 +1,4 @@
-"""A whole run through `himoe.run`: what it writes, what it refuses, and that it survives being killed."""
+"""A whole run, and a trained one in use: what it writes, what it refuses, and that it survives being killed."""
 
 import io
 import json
@@ -16,11 +16,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from himoe import run
+from himoe import run, trained
 from himoe.config import load_config
 from himoe.errors import CheckpointError, ConfigError, DataError, MissingExtraError, RunFolderError
 from himoe.run_folder import read_log
-from himoe.train.resume import FREE_KEYS
+from himoe.train.snapshot import FREE_KEYS
 
 PAGE = Path(__file__).parents[2] / "docs" / "run-folder.md"
 SETS = ["train.threads=1", "train.steps=8", "train.checkpoint_every=4", "train.log_every=3", "train.eval_every=4"]
@@ -170,7 +170,7 @@ def test_kill_9_and_resume_equal_the_uninterrupted_run(finished, text, tmp_path)
     code = f"""
 import time
 from pathlib import Path
-from himoe import run
+from himoe import run, trained
 from himoe.config import load_config
 step = run.Trainer.step
 run.Trainer.step = lambda self: time.sleep(60) if self.steps_done == 6 else step(self)
@@ -343,30 +343,30 @@ def test_without_a_report_the_run_still_succeeds(text, tmp_path, monkeypatch, er
 
 def test_eval_repeats_the_final_evaluation(finished):
     out, summary, _ = finished
-    result = run.evaluate(out)
+    result = trained.evaluate(out)
     assert result["domains"] == summary["domains"] and result["step"] == 8
     assert result["bits_per_byte"] == summary["bits_per_byte"]
-    earlier = run.evaluate(out, checkpoint="step-00000004")
+    earlier = trained.evaluate(out, checkpoint="step-00000004")
     assert earlier["step"] == 4 and earlier["loss"] > result["loss"]
 
 
 def test_eval_on_other_text_reads_all_of_it(finished, tmp_path):
     (tmp_path / "letters.txt").write_text("Grüße\n" * 50)
-    result = run.evaluate(finished[0], data=tmp_path / "letters.txt")
+    result = trained.evaluate(finished[0], data=tmp_path / "letters.txt")
     record = result["domains"]["letters"]
     assert record["bytes"] == 50 * 8 and record["tokens"] > 400
     assert "bigram" not in record
 
 
 def test_eval_of_an_unknown_checkpoint_names_it(finished, tmp_path):
-    with pytest.raises(CheckpointError, match="step-00000005"):
-        run.evaluate(finished[0], checkpoint="step-00000005")
+    with pytest.raises(CheckpointError, match=r"^step-5 does not exist; there are step-00000004, step-00000008$"):
+        trained.evaluate(finished[0], checkpoint="step-5")
     with pytest.raises(RunFolderError, match=r"holds no config\.json"):
-        run.evaluate(tmp_path)
+        trained.evaluate(tmp_path)
 
 
 def test_a_loaded_run_is_ready_to_use(finished):
-    loaded = run.load_run(finished[0])
+    loaded = trained.load_run(finished[0])
     assert not loaded.model.training and loaded.step == 8
     ids = torch.tensor([loaded.tokenizer.encode("roses")])
     logits, routings = loaded.model(ids)

@@ -40,7 +40,7 @@ class Eval:
     def run(self, command: list[str]) -> int:  # noqa: ARG002
         """Evaluate, and print the table of domains."""
         run = existing_run(self.run_folder)
-        from himoe.run import evaluate
+        from himoe.trained import evaluate
 
         console = Console(stderr=self.as_json)
         result = evaluate(run, data=self.data, checkpoint=self.checkpoint, console=console)

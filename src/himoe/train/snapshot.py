@@ -1,0 +1,163 @@
+"""A run's checkpoints: what goes into one, whether one belongs to this run, and how everything is put back.
+
+Beside its model's tensors a trainer must remember, as one flat dictionary: `optimizer/<parameter>/<name>` the
+optimizer's state by parameter name · `random/<device>` the states of torch's generators · `statistics/…` and `means/…`
+what has been accumulated since the last log line. Learning rates, data position and epoch are functions of the step and
+need no place here.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from himoe.errors import CheckpointError
+from himoe.run_folder import LOGS, truncate_log
+from himoe.train.checkpoint import load_checkpoint, load_model_tensors, model_tensors, save_checkpoint
+from himoe.train.loop import Trainer
+
+# What may differ between the processes of one run, because it does not change what is computed, or only its rounding.
+FREE_KEYS = {
+    "name",
+    "data.path",  # the content decides, by its hash
+    "data.eval_tokens",
+    "moe.backend",
+    "moe.force",
+    "train.log_every",
+    "train.eval_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.threads",
+}
+
+
+def save(
+    trainer: Trainer, folder: Path, *, seconds: float, config: Mapping[str, Any], data_hash: str, keep: int
+) -> Path:
+    """Write a checkpoint of `trainer` into `folder`, at a step boundary; `seconds` is the training time so far."""
+    return save_checkpoint(
+        folder,
+        trainer.steps_done,
+        model=model_tensors(trainer.model),
+        trainer=_trainer_tensors(trainer),
+        state={
+            "tokens": trainer.tokens_done,
+            "seconds": seconds,
+            "step_seconds": trainer.step_seconds,
+            "threads": torch.get_num_threads(),
+            "config": config,
+            "data_hash": data_hash,
+        },
+        keep=keep,
+    )
+
+
+def check_same_run(path: Path, state: Mapping[str, Any], config: Mapping[str, Any], data_hash: str) -> None:
+    """Raise CheckpointError, naming each difference, unless the checkpoint is of this configuration and this text."""
+    saved, given = _flatten(state.get("config", {})), _flatten(config)
+    different = [key for key in sorted(saved.keys() | given.keys()) if saved.get(key) != given.get(key)]
+    wrong = [f"{key} was {saved.get(key)!r}, now {given.get(key)!r}" for key in different if key not in FREE_KEYS]
+    if wrong:
+        raise CheckpointError(
+            f"checkpoint {path} is of another configuration: {'; '.join(wrong)}; put these values back in "
+            f"{path.parents[1] / 'config.json'}, or start a new run"
+        )
+    if state.get("data_hash") != data_hash:
+        raise CheckpointError(
+            f"checkpoint {path} was trained on other text: its hash was {str(state.get('data_hash'))[:12]}, "
+            f"now {data_hash[:12]}; resume with the same data"
+        )
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return `{"train.steps": 20, …}`, tables inside tables too."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def restore(trainer: Trainer, path: Path, config: Mapping[str, Any], data_hash: str) -> dict[str, Any]:
+    """Put a checkpoint into the trainer and its model; return its `state.json`.
+
+    Raises CheckpointError when it is damaged, of another run, or does not fit the model.
+    """
+    checkpoint = load_checkpoint(path)
+    check_same_run(path, checkpoint.state, config, data_hash)
+    load_model_tensors(trainer.model, checkpoint.model, path)
+    try:
+        _load_trainer_tensors(trainer, checkpoint.trainer)
+        trainer.steps_done, trainer.tokens_done = checkpoint.state["step"], checkpoint.state["tokens"]
+        trainer.step_seconds = checkpoint.state["step_seconds"]
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(f"checkpoint {path} does not fit this version's trainer: {error}") from error
+    return checkpoint.state
+
+
+def rewind_logs(folder: Path, step: int, last_step: int) -> None:
+    """Cut the logs back to `step`. The evaluation of the run's last step goes too: it will be made again."""
+
+    def keep(line: dict[str, Any]) -> bool:
+        return line["step"] <= step and not (line.get("kind") == "eval" and line["step"] == last_step)
+
+    for name in LOGS:
+        truncate_log(folder / name, keep)
+    (folder / "summary.json").unlink(missing_ok=True)
+
+
+def _trainer_tensors(trainer: Trainer) -> dict[str, Tensor]:
+    """Return the state at a step boundary."""
+    parts = {
+        "optimizer": _optimizer_tensors(trainer),
+        "random": _random_tensors(),
+        "statistics": trainer.statistics.tensors(),
+        "means": trainer.means.tensors(),
+    }
+    return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+
+def _load_trainer_tensors(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
+    """Restore what `_trainer_tensors` returned; the parameters are those of the model in `trainer`."""
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {n.removeprefix(f"{prefix}/"): t for n, t in tensors.items() if n.startswith(f"{prefix}/")}
+
+    _load_optimizer_tensors(trainer, part("optimizer"))
+    trainer.statistics.load_tensors(part("statistics"))
+    trainer.means.load_tensors(part("means"), trainer.device)
+    _load_random_tensors(part("random"))
+
+
+def _optimizer_tensors(trainer: Trainer) -> dict[str, Tensor]:
+    state = trainer.optimizer.state
+    return {
+        f"{name}/{key}": value
+        for name, parameter in trainer.model.named_parameters()
+        for key, value in state.get(parameter, {}).items()
+    }
+
+
+def _load_optimizer_tensors(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
+    """Put the moments in place. Assigned, not through `load_state_dict`, which knows parameters by number only."""
+    parameters = dict(trainer.model.named_parameters())
+    trainer.optimizer.state.clear()
+    for name, value in tensors.items():
+        owner, _, key = name.rpartition("/")
+        trainer.optimizer.state[parameters[owner]][key] = value.to(parameters[owner].device)
+
+
+def _random_tensors() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def _load_random_tensors(tensors: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(tensors["cpu"])
+    if torch.cuda.is_available():
+        for name in tensors.keys() - {"cpu"}:
+            if torch.device(name).index < torch.cuda.device_count():
+                torch.cuda.set_rng_state(tensors[name], name)
