@@ -1,6 +1,5 @@
 import torch
 from tiny_training import TinyLM, make_trainer
-from torch import nn
 
 from himoe.train.optimizer import build_optimizer, decay_groups
 
@@ -11,18 +10,12 @@ def named_groups(model):
     return {names[p] for p in decayed["params"]}, {names[p] for p in undecayed["params"]}
 
 
-def test_matrices_decay_and_vectors_and_marked_parameters_do_not():
+def test_matrices_decay_and_vectors_do_not():
     decayed, undecayed = named_groups(TinyLM())
     assert {"embedding.weight", "moe.router.gate.weight", "moe.experts.down_proj"} <= decayed
     assert "norm.weight" in undecayed
     assert any("scale" in name for name in undecayed)
     assert not decayed & undecayed
-
-
-def test_a_marked_matrix_does_not_decay():
-    model = nn.Linear(2, 2)
-    model.weight._no_weight_decay = True
-    assert named_groups(model) == (set(), {"weight", "bias"})
 
 
 def test_every_trainable_parameter_stands_in_one_group_and_no_balancer_state_in_any():

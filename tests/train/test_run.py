@@ -373,6 +373,12 @@ def test_a_loaded_run_is_ready_to_use(finished):
     assert logits.shape == (1, 5, loaded.tokenizer.vocab_size) and len(routings) == 2
 
 
+def test_a_system_that_does_not_tell_its_memory_trains_too(text, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    summary, _ = train(config(text, *SHORT), tmp_path / "run")
+    assert summary["status"] == "finished" and summary["peak_memory_mib"] is None
+
+
 def test_a_model_without_experts_trains_too(text, tmp_path):
     summary, _ = train(config(text, *SHORT, "moe.every=0"), tmp_path / "run")
     assert summary["layers"] == [] and summary["max_vio_window"] is None

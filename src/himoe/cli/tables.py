@@ -15,10 +15,10 @@ def print_summary(console: Console, summary: Mapping[str, Any], run: Path) -> No
     """Print what a training run came to: domains, layers, speed, and where the files are."""
     print_domains(console, summary)
     print_layers(console, summary.get("layers", []))
-    speed, memory = summary["tokens_per_second"] or 0, summary["peak_memory_mib"] or 0
+    memory = f", peak memory {mib:,.0f} MiB" if (mib := summary["peak_memory_mib"]) else ""
     facts = {
         summary["status"]: f"step {summary['step']:,}, {summary['tokens']:,} tokens in {summary['seconds']:,.0f} s",
-        "speed": f"{speed:,.0f} tokens/s, peak memory {memory:,.0f} MiB",
+        "speed": f"{summary['tokens_per_second'] or 0:,.0f} tokens/s{memory}",
         "run folder": str(run),
         "report": str(run / "report.html"),
     }

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import resource
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -58,8 +57,12 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def peak_memory_mib() -> float:
-    """Return the largest resident memory this process has had."""
+def peak_memory_mib() -> float | None:
+    """Return the largest resident memory this process has had, None on a system that does not tell."""
+    try:
+        import resource  # POSIX only
+    except ImportError:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
 

@@ -68,8 +68,6 @@ class Trainer:
         self.tokens_done = 0
         self.step_seconds = 0.0
         """Time spent in steps: no evaluation, no checkpoints."""
-        self.data_seconds = 0.0
-        """The part of `step_seconds` spent waiting for data."""
 
     def step(self) -> None:
         """Do one optimizer step.
@@ -108,12 +106,11 @@ class Trainer:
         return {name: value.detach() / self.accumulate for name, value in means.items()}
 
     def _next_tokens(self, micro_batch: int) -> Int[Tensor, "rows seq_len+1"]:
-        started, rows = perf_counter(), self.batch_size // self.accumulate
+        rows = self.batch_size // self.accumulate
         first = self.steps_done * self.batch_size + micro_batch * rows
         samples = np.stack([self.samples.sample(index) for index in range(first, first + rows)])
         tokens = torch.from_numpy(samples).to(self.device, torch.int64)
         self.tokens_done += samples.shape[0] * (samples.shape[1] - 1)
-        self.data_seconds += perf_counter() - started
         return tokens
 
     @staticmethod

@@ -1,9 +1,8 @@
 """AdamW (Loshchilov & Hutter, 1711.05101) with the right parameters decayed.
 
 Decayed: every matrix, that is projections, stacked expert weights, the gate and the embeddings (the tied embedding is
-also the output head). Not decayed: vectors (norm gains, biases) and any parameter with the attribute
-`_no_weight_decay = True`, such as a learned router scale, whatever its shape. Balancer state lives in buffers and never
-meets the optimizer.
+also the output head). Not decayed: vectors (norm gains, biases, a learned expert scale). Balancer state lives in
+buffers and never meets the optimizer.
 """
 
 from typing import Any
@@ -20,7 +19,7 @@ def decays(parameter: nn.Parameter) -> bool:
     >>> decays(nn.Parameter(torch.zeros(2, 3))), decays(nn.Parameter(torch.zeros(3)))
     (True, False)
     """
-    return parameter.ndim >= 2 and not getattr(parameter, "_no_weight_decay", False)
+    return parameter.ndim >= 2
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
