@@ -121,7 +121,7 @@ def test_gradient_of_every_inter_term(inter, groups, k):
 @pytest.mark.parametrize("mean", ["previous", "same_batch"])
 def test_corrected_terms_divide_by_the_temperature_and_the_mean_has_no_gradient(mean):
     logits = random_logits(3, T, E)
-    correction = LogitCorrection(E, tau=0.8, beta=0.5, temperature=1.7, mean=mean)
+    correction = LogitCorrection(E, tau=0.8, beta=0.5, temperature=1.7, mean_from=mean)
     one_step(correction, route(random_logits(4, 30, E), 1))
     terms = TwoLevelTerms(E, EQUAL, intra="global", inter="selected", source="corrected")
     shift = correction.mean_logits.double()

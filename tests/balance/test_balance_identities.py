@@ -155,7 +155,7 @@ def test_theorem_4_1_is_false_as_printed():
 
 def hi_moe(groups: Groups, mean: str = "previous") -> Chain:
     return Chain(
-        LogitCorrection(E, tau=0.5, beta=0.5, mean=mean),
+        LogitCorrection(E, tau=0.5, beta=0.5, mean_from=mean),
         TwoLevelTerms(E, groups, intra="group_conditional", source="corrected"),
         TwoLevelTerms(E, groups, intra="global", inter="sparse"),
         Switch(weight=0.1),

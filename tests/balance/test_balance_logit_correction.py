@@ -62,7 +62,7 @@ def test_previous_uses_the_mean_of_the_last_step():
 
 
 def test_same_batch_includes_the_batch_in_training_and_is_frozen_in_eval():
-    balancer = LogitCorrection(2, tau=0.5, beta=0.9, mean="same_batch")
+    balancer = LogitCorrection(2, tau=0.5, beta=0.9, mean_from="same_batch")
     one_step(balancer, route(torch.tensor([[0.0, 10.0]]), 1))  # mean 0, 1
     mean = [0.9 * 0 + 0.1 * 2, 0.9 * 1 + 0.1 * 4]
     assert corrected(balancer, FIRST).tolist() == pytest.approx([2 - 0.5 * (mean[1] - mean[0])] * 2)
@@ -71,7 +71,7 @@ def test_same_batch_includes_the_batch_in_training_and_is_frozen_in_eval():
 
 
 def test_same_batch_leaves_padding_out():
-    balancer = LogitCorrection(2, tau=1.0, beta=0.0, mean="same_batch")
+    balancer = LogitCorrection(2, tau=1.0, beta=0.0, mean_from="same_batch")
     padded = torch.cat([FIRST, torch.tensor([[0.0, 500.0]])])
     found = corrected(balancer, padded, mask=torch.tensor([True, True, False]))[:2]
     assert found.tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
@@ -97,7 +97,7 @@ def test_the_correction_moves_the_choice_and_the_weights_and_leaves_the_logits()
 
 @pytest.mark.parametrize("mean", ["previous", "same_batch"])
 def test_the_mean_itself_is_of_the_raw_logits_whatever_comes_before_in_a_chain(mean):
-    first, second = LogitCorrection(2, tau=0.7), LogitCorrection(2, tau=0.3, mean=mean)
+    first, second = LogitCorrection(2, tau=0.7), LogitCorrection(2, tau=0.3, mean_from=mean)
     chain = Chain(first, second)
     for batch in (FIRST, SECOND):
         one_step(chain, free_router(2, 1, balancer=chain)(batch))
@@ -106,7 +106,7 @@ def test_the_mean_itself_is_of_the_raw_logits_whatever_comes_before_in_a_chain(m
 
 def test_only_previous_is_causal():
     assert LogitCorrection(2).causal
-    assert not LogitCorrection(2, mean="same_batch").causal
+    assert not LogitCorrection(2, mean_from="same_batch").causal
 
 
 def test_state_is_fp32_and_resets_to_zero():
@@ -127,7 +127,7 @@ def test_sums_in_fp64_keep_small_logits_beside_a_large_one():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"mean": "next"}, "mean = 'next' must be previous or same_batch"),
+        ({"mean_from": "next"}, "mean_from = 'next' must be previous or same_batch"),
         ({"beta": 1.0}, "beta = 1.0 must be in"),
         ({"beta": -0.1}, "beta = -0.1 must be in"),
         ({"temperature": 0.0}, "temperature = 0.0 above 0"),

@@ -55,9 +55,11 @@ def test_unequal_groups_and_a_k_per_group():
         assert of[built(torch.randn(5, DIM)).expert_ids].tolist() == [[0, 0, 1, 2, 2, 2]] * 5
 
 
-def test_weights_that_are_not_renormalised():
+def test_weights_are_renormalised_as_the_preset_has_it_unless_the_configuration_says():
     assert router().renormalize and not router(renormalize=False).renormalize
     assert router(renormalize=False, options={"renormalize": True}).renormalize
+    for renormalize in (None, True, False):  # one weight per token: left as it is, unless asked for
+        assert router(preset="switch", top_k=1, renormalize=renormalize).renormalize is bool(renormalize)
 
 
 def test_a_router_spelled_out():
@@ -80,7 +82,14 @@ def test_a_spelled_out_grouped_router_shares_k_over_the_groups():
     built = router(selector="top_k_per_group", balancers=[{"name": "two_level"}, {"name": "switch"}])
     assert built.score is scores.softmax
     assert (built(torch.randn(5, DIM)).expert_ids // 2).tolist() == [[0, 1, 2, 3]] * 5
-    assert router(selector="top_k").balancer.losses(built(torch.randn(5, DIM))) == {}
+
+
+@pytest.mark.parametrize("balancers", [[], [{"name": "z_loss"}]])
+def test_a_router_spelled_out_without_balancing_warns(balancers):
+    with pytest.warns(HimoeWarning, match=r"moe.selector without moe.balancers that balance load: nothing keeps"):
+        built = router(selector="top_k", balancers=balancers)
+    assert "load_balance" not in built.balancer.losses(built(torch.randn(5, DIM)))
+    assert len(warned(selector="top_k", balancers=balancers)) == 1
 
 
 def test_balancers_beside_a_preset_join_its_own():
@@ -98,7 +107,8 @@ def test_balancers_beside_a_preset_join_its_own():
 def test_a_readers_own_class_and_function():
     built = router(preset="himoe.presets:moge", options={"alpha": 0.5}, balancers=[{"name": "himoe.balance:ZLoss"}])
     assert parts(built, Switch)[0].weight == 0.5 and parts(built, ZLoss)
-    spelled = router(selector="himoe.functional.selection:top_k", score="himoe.functional.scores:sigmoid")
+    own = {"selector": "himoe.functional.selection:top_k", "score": "himoe.functional.scores:sigmoid"}
+    spelled = router(**own, balancers=[{"name": "loss_free"}])
     assert spelled.score is scores.sigmoid and spelled(torch.randn(2, DIM)).expert_ids.shape == (2, 4)
 
 
@@ -119,9 +129,20 @@ def test_a_readers_own_class_and_function():
             {"balancers": [{"name": "two_level", "groups": 4}]},
             "'two_level': unknown option groups = 4; allowed: lambda",
         ),
-        ({"balancers": [{"name": "z_loss", "weight": "big"}]}, r"moe.balancers\[0\] 'z_loss': .*not supported"),
-        ({"balancers": [{"name": "loss_free", "update": "adam"}]}, "loss_free: update = 'adam' must be sign"),
-        ({"options": {"schedule": "two_stage"}}, "needs schedule_steps ≥ 1"),
+        ({"options": {"alpha": "x"}}, "^moe.options of preset 'hi_moe': alpha = 'x' must be a number$"),
+        ({"options": {"alpha": True}}, "alpha = True must be a number$"),
+        ({"options": {"intra": 1}}, "intra = 1 must be text in quotes$"),
+        ({"options": {"schedule_steps": 2.5}}, "schedule_steps = 2.5 must be a whole number$"),
+        ({"preset": "switch", "options": {"renormalize": 1}}, "'switch': renormalize = 1 must be true or false$"),
+        (
+            {"balancers": [{"name": "z_loss", "weight": "big"}]},
+            r"^moe.balancers\[0\] 'z_loss': weight = 'big' must be a number$",
+        ),
+        (
+            {"balancers": [{"name": "loss_free", "update": "adam"}]},
+            r"^moe.balancers\[0\] 'loss_free': loss_free: update = 'adam' must be sign",
+        ),
+        ({"options": {"schedule": "two_stage"}}, "^moe.options of preset 'hi_moe': .*needs schedule_steps ≥ 1"),
         ({"balancers": [{"name": "himoe.balance:Nothing"}]}, "cannot load 'himoe.balance:Nothing' for balancers: "),
         ({"balancers": [{"name": "no.such.module:X"}]}, "cannot load 'no.such.module:X' for balancers: No module"),
     ],
@@ -133,7 +154,9 @@ def test_options_that_cannot_work(moe, text):
 
 
 def test_guards_look_at_the_whole_composition_and_force_overrides_them():
-    with pytest.raises(GuardError, match=r"lambda_intra/alpha = 0.1/0.01 = 10 > 2.5"):
+    with pytest.raises(
+        GuardError, match=r"^moe.options of preset 'hi_moe': .*lambda_intra/alpha = 0.1/0.01 = 10 > 2.5"
+    ):
         router(options={"lambda_intra": 0.1})
     with pytest.raises(GuardError, match="without any load-balancing part"):
         router(selector="top_k_per_group", balancers=[{"name": "two_level"}])

@@ -43,7 +43,7 @@ def test_the_three_forms_of_hi_moe(preset, alpha, lambdas, forms, weights, mean)
     assert (terms.lambda_intra, terms.lambda_inter) == lambdas
     assert (terms.intra, terms.inter, terms.source) == forms
     assert (router.renormalize, router.expert_scale is not None) == weights
-    assert (correction.mean, correction.tau, correction.beta, correction.temperature) == (mean, 0.01, 0.9, 1.0)
+    assert (correction.mean_from, correction.tau, correction.beta, correction.temperature) == (mean, 0.01, 0.9, 1.0)
     assert terms.groups == Groups.equal(E, G)
     assert router.score is scores.softmax and router.scaling_factor == 1
     assert router(tokens()).expert_ids.shape == (20, 8)
@@ -82,7 +82,7 @@ def test_options_reach_their_part():
     assert (part(router, Switch).weight, part(router, ZLoss).weight) == (0.5, 0.7)
     assert (terms.lambda_intra, terms.lambda_inter) == (0.2, 0.3)
     assert (terms.intra, terms.inter, terms.source) == ("entropy", "entropy", "corrected")
-    assert (correction.mean, correction.tau, correction.beta, correction.temperature) == ("previous", 0.4, 0.5, 0.6)
+    assert (correction.mean_from, correction.tau, correction.beta, correction.temperature) == ("previous", 0.4, 0.5, 0.6)
     assert not router.renormalize and router.expert_scale is None
 
 
@@ -230,7 +230,7 @@ def test_flat_presets_check_k(preset, top_k):
     [
         ({"schedule": "cosine"}, "schedule = 'cosine' must be joint, warmup or two_stage"),
         ({"schedule": "two_stage"}, "schedule = 'two_stage' needs schedule_steps ≥ 1"),
-        ({"correction": "next"}, "mean = 'next' must be previous or same_batch"),
+        ({"correction": "next"}, "mean_from = 'next' must be previous or same_batch"),
         ({"intra": "l2"}, "intra = 'l2' must be one of"),
         ({"alpha": -1}, "weight = -1 must be ≥ 0"),
     ],

@@ -72,7 +72,7 @@ def dual() -> DualAscent:
         Balancer,
         Chain,
         lambda: LogitCorrection(E, tau=0.5, temperature=0.7),
-        lambda: LogitCorrection(E, tau=0.5, temperature=0.7, mean="same_batch"),
+        lambda: LogitCorrection(E, tau=0.5, temperature=0.7, mean_from="same_batch"),
         lambda: Switch(weight=0.0),
         lambda: Switch(source="raw"),
         dual,

@@ -25,7 +25,7 @@ class LogitCorrection(Balancer):
         tau: strength τ of the correction, 0.01 in the paper.
         beta: decay β of the running mean, in [0, 1).
         temperature: divides the corrected logits.
-        mean: `previous` or `same_batch`, see above. In eval both use the stored mean.
+        mean_from: `previous` step or `same_batch`, see above. In eval both use the stored mean.
 
     State: `mean_logits` (E,) fp32.
     """
@@ -39,15 +39,15 @@ class LogitCorrection(Balancer):
         tau: float = 0.01,
         beta: float = 0.9,
         temperature: float = 1.0,
-        mean: str = "previous",
+        mean_from: str = "previous",
     ) -> None:
         super().__init__()
-        if mean not in ("previous", "same_batch"):
-            raise ConfigError(f"logit_correction: mean = {mean!r} must be previous or same_batch")
+        if mean_from not in ("previous", "same_batch"):
+            raise ConfigError(f"logit_correction: mean_from = {mean_from!r} must be previous or same_batch")
         if not 0 <= beta < 1 or temperature <= 0:
             raise ConfigError(f"logit_correction: beta = {beta} must be in [0, 1), temperature = {temperature} above 0")
-        self.tau, self.beta, self.temperature, self.mean = tau, beta, temperature, mean
-        self.causal = mean == "previous"
+        self.tau, self.beta, self.temperature, self.mean_from = tau, beta, temperature, mean_from
+        self.causal = mean_from == "previous"
         self.register_buffer("mean_logits", torch.zeros(num_experts))
 
     def reset_parameters(self) -> None:
@@ -57,7 +57,7 @@ class LogitCorrection(Balancer):
     def adjust_logits(self, logits: Float[Tensor, "T E"], context: RouterContext) -> Float[Tensor, "T E"]:
         """Return (logits − τ·mean)/temperature; with `same_batch` the mean is computed here and stored in `step`."""
         mean = self.mean_logits
-        if self.mean == "same_batch" and context.training:
+        if self.mean_from == "same_batch" and context.training:
             mean = self.beta * mean + (1 - self.beta) * masked_mean(logits.detach(), context.mask)
         return (logits - self.tau * mean) / self.temperature
 

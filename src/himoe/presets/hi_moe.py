@@ -88,7 +88,7 @@ def hi_moe(
     partition, per_group = resolve_groups(num_experts, top_k, num_groups, groups)
     parts: list[Balancer] = []
     if correction != "none":
-        parts.append(LogitCorrection(num_experts, tau=tau, beta=beta, temperature=temperature, mean=correction))
+        parts.append(LogitCorrection(num_experts, tau=tau, beta=beta, temperature=temperature, mean_from=correction))
     terms = TwoLevelTerms(
         num_experts,
         partition,

@@ -91,7 +91,7 @@ def replay_hi_moe(case: Case) -> Deviations:
     terms = _hi_moe_terms(case, groups)
     schedule = Schedule(terms, "warmup", steps=max(case["warmup_steps"], 1), only=("intra",))
     options = {name: case[name] for name in ("tau", "beta", "temperature")}
-    correction = LogitCorrection(case["num_experts"], mean="same_batch", **options) if case["penalty"] else None
+    correction = LogitCorrection(case["num_experts"], mean_from="same_batch", **options) if case["penalty"] else None
     balancer = Chain(*([correction] if correction else []), schedule)
     selector = partial(top_k_per_group, groups=groups, k=case["top_k_per_group"])
     router = _router(case, selector, balancer, scores.softmax)
