@@ -2,9 +2,10 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -18,6 +19,8 @@ from himoe.functional.groups import Groups
 from himoe.models import DecoderLM
 from himoe.nn import Capacity, Dropless, Gate, MoE, Router, SwiGLU
 from himoe.presets import check_guards
+
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text in quotes"}
 
 
 def build_model(config: Config, vocab_size: int) -> DecoderLM:
@@ -33,7 +36,7 @@ def build_model(config: Config, vocab_size: int) -> DecoderLM:
     Warns:
         HimoeWarning: a part that lets later tokens change earlier ones, which a language model should not have.
     """
-    is_moe = set(config.moe_layers)
+    is_moe = set(config.moe_layer_indices)
 
     def feed_forward(layer: int) -> nn.Module:
         if layer in is_moe:
@@ -77,15 +80,22 @@ def build_router(moe: MoEConfig, dim: int) -> Router:
             router.balancer = Chain(router.balancer, *extra)
             check_guards(router.balancer, top_k=moe.top_k, force=moe.force)
         return router
-    assert moe.selector is not None, "the configuration has a preset or a selector"
-    check_guards(Chain(*extra), top_k=moe.top_k, force=moe.force)
+    assert moe.selector and moe.score, "without a preset, the configuration has settled both"
+    balancer = Chain(*extra)
+    check_guards(balancer, top_k=moe.top_k, force=moe.force)
+    if not any(part.balances_load for part in balancer.modules() if isinstance(part, Balancer)):
+        warnings.warn(
+            "moe.selector without moe.balancers that balance load: nothing keeps the experts evenly used",
+            HimoeWarning,
+            stacklevel=2,
+        )
     return Router(
         Gate(dim, moe.num_experts),
         _build_selector(moe.selector, moe),
         num_experts=moe.num_experts,
-        score=registry.load("scores", moe.score or "softmax"),
-        balancer=Chain(*extra),
-        renormalize=moe.renormalize,
+        score=registry.load("scores", moe.score),
+        balancer=balancer,
+        renormalize=moe.renormalize is not False,
     )
 
 
@@ -98,7 +108,7 @@ def _build_preset(moe: MoEConfig, dim: int) -> Router:
         given |= {"groups": moe.groups, "num_groups": None if moe.groups else moe.num_groups}
     if "force" in accepted:
         given["force"] = moe.force
-    options = dict(moe.options) if moe.renormalize else {"renormalize": False} | moe.options
+    options = ({} if moe.renormalize is None else {"renormalize": moe.renormalize}) | moe.options
     return _call(preset, f"moe.options of preset {moe.preset!r}", options, given)
 
 
@@ -131,18 +141,31 @@ def _parameters(function: Callable[..., Any]) -> list[str]:
 
 
 def _call(function: Callable[..., Any], where: str, options: dict[str, Any], given: dict[str, Any]) -> Any:
-    """Call `function` with what the layer gives and the user's options, after checking their names."""
-    allowed: Sequence[str] = [name for name in _parameters(function) if name not in given]
+    """Call `function` with what the layer gives and the user's options, after checking their names and kinds."""
+    parameters = inspect.signature(function).parameters
+    allowed = [name for name in parameters if name not in given]
     for name, value in options.items():
         if name not in allowed:
             raise ConfigError(
                 f"{where}: unknown option {name} = {value!r}; allowed: {', '.join(allowed) or 'none'}"
                 f"{nearest(name, allowed)}"
             )
+        if kind := _other_kind(value, parameters[name].annotation):
+            raise ConfigError(f"{where}: {name} = {value!r} must be {kind}")
     try:
         return function(**given, **options)
+    except ConfigError as error:
+        raise type(error)(f"{where}: {error}") from error
     except TypeError as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def _other_kind(value: Any, annotation: Any) -> str:
+    """Return in words which plain kind `annotation` asks for if `value` is of another; what is not plain passes."""
+    kinds = set(get_args(annotation)) if isinstance(annotation, UnionType) else {annotation}
+    if not kinds <= {*KINDS, NoneType} or type(value) in kinds or (type(value) is int and float in kinds):
+        return ""
+    return " or ".join(word for kind, word in KINDS.items() if kind in kinds)
 
 
 def _warn_if_not_causal(model: nn.Module) -> None:

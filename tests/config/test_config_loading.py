@@ -104,7 +104,7 @@ def test_unequal_groups_settle_their_number_and_top_k():
     ],
 )
 def test_which_layers_have_experts(sets, layers):
-    assert load_config("lm_tiny", sets=sets).moe_layers == layers
+    assert load_config("lm_tiny", sets=sets).moe_layer_indices == layers
 
 
 ROUND_TRIPS = [

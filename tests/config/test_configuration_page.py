@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 
 from himoe.config import load_config
+from himoe.config.key_tables import section_tables
 from himoe.config.loading import RETIRES
-from himoe.config.reference import section_tables
 
 PAGE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("section", ["", "data", "model", "moe", "train"])
 def test_the_page_holds_the_table_of_every_section(section):
-    assert section_tables()[section] in PAGE, "run `python -m himoe.config.reference` and paste its tables"
+    assert section_tables()[section] in PAGE, "run `python -m himoe.config.key_tables` and paste its tables"
 
 
 @pytest.mark.parametrize("example", re.findall(r"```toml\n(.*?)```", PAGE, re.S))

@@ -1,4 +1,4 @@
-"""Prints the tables of `docs/configuration.md`: `python -m himoe.config.reference`."""
+"""Prints the tables of `docs/configuration.md`: `python -m himoe.config.key_tables`."""
 
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -9,7 +9,6 @@ from pydantic.fields import FieldInfo
 from himoe.config.schema import Config
 from himoe.config.toml import format_value
 
-PLAIN_TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "none"}
 PLAIN_TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "none"}
 HEAD = "| Key | Default | Allowed | Meaning |\n|---|---|---|---|"
 

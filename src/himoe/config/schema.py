@@ -144,10 +144,9 @@ class MoEConfig(BaseModel):
         description="Balancing strategies, each a table with `name` (`himoe list balancers`) and its options; "
         "beside a preset they join its own",
     )
-    renormalize: bool = Field(
-        default=True,
-        description="Divide the weights of a token's experts by their sum. "
-        "Beside a preset only `false` counts, as its option",
+    renormalize: bool | None = Field(
+        default=None,
+        description="Divide the weights of a token's experts by their sum. None: as the preset has it, else true",
     )
     capacity_factor: float | None = Field(
         default=None,
@@ -245,7 +244,7 @@ class Config(BaseModel):
         return config
 
     @property
-    def moe_layers(self) -> list[int]:
+    def moe_layer_indices(self) -> list[int]:
         """Return the indices of the layers that have experts."""
         if self.moe.layers is not None:
             return sorted(self.moe.layers)
