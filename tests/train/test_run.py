@@ -128,6 +128,7 @@ def test_metrics_and_load_lines(finished):
     for line, steps in zip(load, (3, 3, 2), strict=True):
         for layer in line["layers"]:
             assert sum(layer["load"]) == steps * 8 * 64 * 4  # every token has 4 experts
+            assert layer["drop_rate"] == 0
     assert [layer["layer"] for layer in load[0]["layers"]] == [0, 1]
     assert summary["layers"][0].keys() == load[0]["layers"][0].keys() - {"load"}
     assert summary["max_vio_window"] == max(layer["max_vio_window"] for layer in summary["layers"])
@@ -384,6 +385,14 @@ def test_a_model_without_experts_trains_too(text, tmp_path):
     assert summary["layers"] == [] and summary["max_vio_window"] is None
     assert (tmp_path / "run/load.jsonl").read_text() == ""
     assert Path(tmp_path / "run/report.html").is_file()
+
+
+def test_dropped_pairs_are_told(text, tmp_path):
+    summary, _ = train(config(text, *SHORT, "moe.capacity_factor=0.5"), tmp_path / "run")
+    (line,) = lines(tmp_path / "run/load.jsonl")
+    for layer, final in zip(line["layers"], summary["layers"], strict=True):
+        assert 0.5 <= layer["drop_rate"] == final["drop_rate"] < 1
+        assert sum(layer["load"]) == pytest.approx((1 - layer["drop_rate"]) * 8 * 64 * 4)
 
 
 def test_experts_in_some_layers_only(text, tmp_path):

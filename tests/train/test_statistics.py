@@ -9,6 +9,7 @@ from himoe.types import RouterContext, Routing
 def routing(expert_ids, logits, kept=None, mask=None):
     expert_ids, logits = torch.tensor(expert_ids), torch.tensor(logits)
     selected = torch.ones_like(expert_ids, dtype=torch.bool)
+    selected &= True if mask is None else mask[:, None]
     return Routing(
         logits=logits,
         scores=logits.softmax(-1),
@@ -62,12 +63,25 @@ def test_an_interval_ends_and_the_window_goes_on():
     assert layer["cv_window"] == pytest.approx((0.75**2 + 3 * 0.25**2) ** 0.5 / 2 / 0.75)
 
 
-def test_dropped_pairs_and_padding_count_for_nothing():
+def test_load_counts_neither_dropped_pairs_nor_padding():
     statistics = Statistics([0], Groups.equal(4, 2))
     mask = torch.tensor([True, False])
     step(statistics, [routing([[0, 1], [2, 3]], FLAT + SHARP, kept=[[True, False], [False, False]], mask=mask)])
-    assert statistics.read()[0]["load"] == [1, 0, 0, 0]
-    assert statistics.read()[0]["group_mass"] == pytest.approx(0.5)
+    (layer,) = statistics.read()
+    assert layer["load"] == [1, 0, 0, 0] and layer["drop_rate"] == 0.5
+    assert layer["group_mass"] == pytest.approx(0.5)
+
+
+def test_a_capacity_limit_cannot_hide_an_imbalance():
+    statistics = Statistics([0], Groups.equal(4, 2))
+    kept = [[True], [False], [False], [True]]
+    step(statistics, [routing([[0], [0], [0], [1]], FLAT * 4, kept=kept)])
+    (layer,) = statistics.read()
+    assert layer["load"] == [1, 1, 0, 0] and layer["drop_rate"] == 0.5
+    assert layer["max_vio_batch"] == layer["max_vio_window"] == statistics.window_max_vio() == 2  # of 3 1 0 0
+    assert layer["cv_window"] == pytest.approx(1.5**0.5)
+    statistics.start_interval()
+    assert statistics.read()[0]["drop_rate"] == 0
 
 
 def test_state_goes_through_a_checkpoint():

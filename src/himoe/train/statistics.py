@@ -1,8 +1,9 @@
 """Balance of every MoE layer while training: O(E) memory a layer, on the device, read out only when a line is due.
 
 Aggregation levels (a metric's level is part of its name): `batch` is one optimizer step with all its micro-batches,
-`window` the sum of the last 50 steps, and an interval is the steps since the last read-out. Loads are kept pairs.
-Σ_g m_g² and C_g are means over tokens of softmax(raw logits), whatever the router does with them later.
+`window` the sum of the last 50 steps, and an interval is the steps since the last read-out. MaxVio and CV are of the
+pairs as selected, so that a capacity limit cannot hide an imbalance; `load` is of the pairs it kept. Without drops both
+are the same. Σ_g m_g² and C_g are means over tokens of softmax(raw logits), whatever the router does with them later.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ class Statistics:
 
     Args:
         layer_indices: where the MoE layers stand in the model, in the order of the routings.
-        groups: the experts' groups, the same in every layer; one group for a router without groups.
+        groups: the groups to measure by, the same in every layer, whether or not the router chooses by group.
         window: steps in the window.
         device: where routings live.
     """
@@ -37,13 +38,19 @@ class Statistics:
         device: torch.device | str = "cpu",
     ) -> None:
         self.layer_indices, self.groups = list(layer_indices), groups
-        num_layers, num_experts = len(self.layer_indices), groups.num_experts
-        self._window = torch.zeros(window, num_layers, num_experts, dtype=torch.int64, device=device)
-        self._step_load = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
-        self._interval_load = torch.zeros_like(self._step_load)
-        # Rows: Σ over steps of batch MaxVio, Σ over micro-batches of Σ_g m_g², Σ over micro-batches of mean C_g.
-        self._sums = torch.zeros(3, num_layers, dtype=torch.float64, device=device)
-        self._counts = torch.zeros(3, dtype=torch.int64)  # steps ever, steps and micro-batches of the interval
+        layers, experts = len(self.layer_indices), groups.num_experts
+        pairs = torch.zeros(layers, experts, dtype=torch.int64, device=device)
+        sums = torch.zeros(layers, dtype=torch.float64, device=device)
+        self._step_load = pairs
+        self._window = torch.zeros(window, *pairs.shape, dtype=torch.int64, device=device)
+        self._interval = {
+            "kept": pairs.clone(),
+            "selected": pairs.clone(),
+            "max_vio": sums.clone(),  # Σ over steps
+            "group_mass": sums.clone(),  # Σ over micro-batches of the mean Σ_g m_g²
+            "concentration": sums.clone(),  # Σ over micro-batches of the mean C_g
+        }
+        self._steps = self._interval_steps = self._interval_micro_batches = 0
 
     @torch.no_grad()
     def observe(self, routings: Sequence[Routing]) -> None:
@@ -51,21 +58,23 @@ class Statistics:
         assert len(routings) == len(self.layer_indices), "one routing per MoE layer"
         if not routings:
             return
-        self._step_load += torch.stack([stats.load(routing) for routing in routings])
+        self._step_load += torch.stack([stats.selected_load(routing) for routing in routings])
+        self._interval["kept"] += torch.stack([stats.load(routing) for routing in routings])
         for layer, routing in enumerate(routings):
             log_p = losses.log_probabilities(routing, "raw")
-            self._sums[1, layer] += losses.inter_dense(log_p, routing, self.groups)
-            self._sums[2, layer] += losses.intra_group_conditional(log_p, routing, self.groups)
-        self._counts[2] += 1
+            self._interval["group_mass"][layer] += losses.inter_dense(log_p, routing, self.groups)
+            self._interval["concentration"][layer] += losses.intra_group_conditional(log_p, routing, self.groups)
+        self._interval_micro_batches += 1
 
     @torch.no_grad()
     def end_step(self) -> None:
         """Close an optimizer step: its load enters the window and the interval."""
-        self._window[int(self._counts[0]) % len(self._window)] = self._step_load
-        self._interval_load += self._step_load
-        self._sums[0] += stats.max_vio(self._step_load)
+        self._window[self._steps % len(self._window)] = self._step_load
+        self._interval["selected"] += self._step_load
+        self._interval["max_vio"] += stats.max_vio(self._step_load)
         self._step_load.zero_()
-        self._counts[:2] += 1
+        self._steps += 1
+        self._interval_steps += 1
 
     def window_max_vio(self) -> float | None:
         """Return the largest MaxVio of any layer over the window; None for a model without MoE layers."""
@@ -75,41 +84,41 @@ class Statistics:
         """Return one record per layer as load.jsonl stores it: the interval's loads and means, the window's metrics."""
         if not self.layer_indices:
             return []
-        _, steps, micro_batches = self._counts.clamp(min=1).tolist()
-        divisors = self._sums.new_tensor([steps, micro_batches, micro_batches])
-        violation, mass, concentration = (self._sums / divisors[:, None]).tolist()
-        window = self._window.sum(0)
-        window_violation, window_variation = stats.max_vio(window), stats.coefficient_of_variation(window)
-        load = self._interval_load.tolist()
-        return [
-            {
-                "layer": index,
-                "load": load[layer],
-                "max_vio_batch": violation[layer],
-                "max_vio_window": float(window_violation[layer]),
-                "cv_window": float(window_variation[layer]),
-                "group_mass": mass[layer],
-                "concentration": concentration[layer],
-            }
-            for layer, index in enumerate(self.layer_indices)
-        ]
+        sums, window = self._interval, self._window.sum(0)
+        steps, micro_batches = max(1, self._interval_steps), max(1, self._interval_micro_batches)
+        kept, selected = (sums[name].sum(-1).double() for name in ("kept", "selected"))
+        columns = {
+            "load": sums["kept"],
+            "drop_rate": (selected - kept) / selected.clamp(min=1),
+            "max_vio_batch": sums["max_vio"] / steps,
+            "max_vio_window": stats.max_vio(window),
+            "cv_window": stats.coefficient_of_variation(window),
+            "group_mass": sums["group_mass"] / micro_batches,
+            "concentration": sums["concentration"] / micro_batches,
+        }
+        rows = zip(self.layer_indices, *(column.tolist() for column in columns.values()), strict=True)
+        return [dict(zip(("layer", *columns), row, strict=True)) for row in rows]
 
     def start_interval(self) -> None:
         """Begin the next interval; the window goes on."""
-        self._interval_load.zero_()
-        self._sums.zero_()
-        self._counts[1:] = 0
+        for total in self._interval.values():
+            total.zero_()
+        self._interval_steps = self._interval_micro_batches = 0
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the whole state, for a checkpoint taken between two steps."""
         return {
             "window": self._window,
-            "interval_load": self._interval_load,
-            "sums": self._sums,
-            "counts": self._counts,
+            **self._interval,
+            "steps": torch.tensor(self._steps),
+            "interval_steps": torch.tensor(self._interval_steps),
+            "interval_micro_batches": torch.tensor(self._interval_micro_batches),
         }
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `tensors` returned."""
-        for name, mine in self.tensors().items():
+        for name, mine in {"window": self._window, **self._interval}.items():
             mine.copy_(tensors[name])
+        self._steps = int(tensors["steps"])
+        self._interval_steps = int(tensors["interval_steps"])
+        self._interval_micro_batches = int(tensors["interval_micro_batches"])
