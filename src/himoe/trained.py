@@ -88,7 +88,7 @@ def load_corpus(config: Config, console: Console) -> Corpus:
             Path(data.path) if data.path else None,
             tokenizer=data.tokenizer,
             vocab_size=data.vocab_size,
-            held_out=data.held_out,  # the split's own seed stays 0: runs of several seeds share their held-out text
+            held_out=data.held_out,  # no seed: runs of several seeds share their held-out text
             progress=progress,
         )
 

@@ -3,6 +3,7 @@ import resource
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from himoe.data import BPETokenizer, Corpus, cache_folder, prepare
@@ -12,7 +13,7 @@ from himoe.errors import ConfigError, DataError
 
 def documents(corpus: Corpus, domain: str | None = None) -> list[str]:
     file = corpus.held_out[domain] if domain else corpus.train
-    return [corpus.tokenizer.decode(ids) for ids in file.documents()]
+    return [corpus.tokenizer.decode(ids[:-1]) for ids in np.split(file.tokens, file.document_starts[1:])]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -79,7 +80,6 @@ def test_the_hash_follows_text_names_tokenizer_and_split(two_domains, spec):
     corpora = [
         prepare(two_domains, **spec),
         prepare(two_domains, **spec | {"held_out": 0.3}),
-        prepare(two_domains, **spec, seed=1),
         prepare(two_domains, **spec | {"tokenizer": "byte" if spec["tokenizer"] == "bpe" else "bpe"}),
         prepare(two_domains, **spec | {"vocab_size": 310}) if spec["tokenizer"] == "bpe" else None,
     ]
@@ -187,7 +187,7 @@ def test_progress_is_reported_in_order(two_domains, spec, monkeypatch):
 def test_text_too_short_to_split_names_the_domain(tmp_path):
     for name in ("poem", "story"):
         (tmp_path / f"{name}.txt").write_text("Rose is a rose.\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r", poem: too short to hold a part out, it has 1 different documents"):
+    with pytest.raises(DataError, match=r", domain poem: too short to hold a part out, it has one document only; give"):
         prepare(tmp_path)
 
 

@@ -32,13 +32,12 @@ Progress = Callable[[str, float], None]  # what is being done, and how much of i
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Preparation:
     """How text becomes a corpus, checked."""
 
     tokenizer: str
     vocab_size: int
     held_out: float
-    seed: int
 
     def __post_init__(self) -> None:
         if self.tokenizer not in ("bpe", "byte"):
@@ -64,36 +63,34 @@ def prepare(
     tokenizer: str = "bpe",
     vocab_size: int = 4096,
     held_out: float = 0.05,
-    seed: int = 0,
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Corpus:
     """Return the corpus of a text file or folder, or of the text every Python has where `path` is None.
 
     `held_out` is the fraction of documents kept from training, `vocab_size` counts only for `tokenizer="bpe"`,
-    `cache` replaces the folder that the environment names. `seed` picks another split of the same text: leave it alone
-    where runs are compared, so that all are scored on the same documents.
+    `cache` replaces the folder that the environment names.
     Raises `DataError` for text or a cache folder that cannot be used.
     """
     report = progress or (lambda _stage, _done: None)
     report("read", 0.0)
     source = embedded_source() if path is None else read_source(Path(path))
-    recipe = Recipe(tokenizer, vocab_size if tokenizer == "bpe" else 0, held_out, seed)
-    folder = (Path(cache) if cache else cache_folder()) / "corpora" / _key(source, recipe)[:32]
+    how = Preparation(tokenizer, vocab_size if tokenizer == "bpe" else 0, held_out)
+    folder = (Path(cache) if cache else cache_folder()) / "corpora" / _key(source, how)[:32]
     with contextlib.suppress(DataError):
-        return _open(folder, source, recipe)
+        return _open(folder, source, how)
     parts = {
         domain: split_documents(
-            documents, held_out, seed=seed, minimum_bytes=source.minimum_held_out, where=f"{source.name}, {domain}"
+            documents, held_out, minimum_bytes=source.minimum_held_out, where=f"{source.name}, domain {domain}"
         )
         for domain, documents in source.load().items()
     }
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as partial:
-            _build(Path(partial, "corpus"), parts, recipe, report)
+            _build(Path(partial, "corpus"), parts, how, report)
             _publish(Path(partial, "corpus"), folder)
-        return _open(folder, source, recipe)
+        return _open(folder, source, how)
     except OSError as error:
         raise DataError(
             f"{folder.parent}: cannot keep the prepared data there: {error.strerror or error}; "
@@ -111,13 +108,14 @@ def cache_folder() -> Path:
         raise DataError("there is no home folder to keep prepared data in; set the variable HIMOE_CACHE") from error
 
 
-def _key(source: Source, recipe: Recipe) -> str:
+def _key(source: Source, how: Preparation) -> str:
     """Return the hex hash of everything that decides the files of a corpus."""
-    decisive = [FORMAT, source.fingerprint, source.minimum_held_out, *astuple(recipe), tokenizers.__version__]
+    library = tokenizers.__version__ if how.tokenizer == "bpe" else None  # another one may learn other merges
+    decisive = [FORMAT, source.fingerprint, source.minimum_held_out, *astuple(how), library]
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 
-def _open(folder: Path, source: Source, recipe: Recipe) -> Corpus:
+def _open(folder: Path, source: Source, how: Preparation) -> Corpus:
     """Open a prepared folder; raises `DataError` unless every file is there and undamaged."""
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     try:
@@ -129,7 +127,7 @@ def _open(folder: Path, source: Source, recipe: Recipe) -> Corpus:
         raise DataError(f"{folder}: tokenizer.json differs from its recorded hash")
     return Corpus(
         name=source.name,
-        hash=hashlib.sha256((_key(source, recipe) + tokenizer.hash).encode()).hexdigest(),
+        hash=hashlib.sha256((_key(source, how) + tokenizer.hash).encode()).hexdigest(),
         tokenizer=tokenizer,
         domains=domains,
         train=TokenFile(folder / "train.tokens"),
@@ -138,11 +136,11 @@ def _open(folder: Path, source: Source, recipe: Recipe) -> Corpus:
     )
 
 
-def _build(folder: Path, parts: dict[str, tuple[list[str], list[str]]], recipe: Recipe, report: Progress) -> None:
+def _build(folder: Path, parts: dict[str, tuple[list[str], list[str]]], how: Preparation, report: Progress) -> None:
     """Write tokenizer, token files and `corpus.json` of split documents into a new folder."""
     folder.mkdir()
     report("tokenizer", 0.0)
-    tokenizer = _train_tokenizer([train for train, _ in parts.values()], recipe)
+    tokenizer = _train_tokenizer([train for train, _ in parts.values()], how)
     tokenizer.save(folder / "tokenizer.json")
     files = {"train": [document for train, _ in parts.values() for document in train]}
     files |= {f"held_out_{i}": held_out for i, (_, held_out) in enumerate(parts.values())}
@@ -162,12 +160,12 @@ def _build(folder: Path, parts: dict[str, tuple[list[str], list[str]]], recipe: 
     (folder / "corpus.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
-def _train_tokenizer(domains: list[list[str]], recipe: Recipe) -> Tokenizer:
+def _train_tokenizer(domains: list[list[str]], how: Preparation) -> Tokenizer:
     """Learn BPE merges from the training part only: an equal share of `BPE_SAMPLE` per domain, lowest hashes first.
 
     Equal shares, because in proportion to size a small domain would get no tokens of its own.
     """
-    if recipe.tokenizer == "byte":
+    if how.tokenizer == "byte":
         return ByteTokenizer()
     sample = []
     for documents in domains:
@@ -177,7 +175,7 @@ def _train_tokenizer(domains: list[list[str]], recipe: Recipe) -> Tokenizer:
                 break
             sample.append(document)
             left -= len(document.encode())
-    return BPETokenizer.train(sample, recipe.vocab_size)
+    return BPETokenizer.train(sample, how.vocab_size)
 
 
 def _batches(documents: list[str]) -> Iterator[list[str]]:

@@ -23,6 +23,8 @@ from himoe.data.sources import Source, cut, fingerprint
 from himoe.data.split import digest
 from himoe.errors import DataError
 
+RULES = 1  # raise when what is read or how it is cut changes
+
 CODE_PACKAGES = ("pydantic", "rich", "jinja2", "fsspec", "tyro")
 TEST_PACKAGES = ("networkx", "numpy", "sympy")  # only where the standard library's tests are missing
 PROSE_PACKAGES = ("torch", "numpy", "networkx", "huggingface_hub")
@@ -39,7 +41,7 @@ PACKAGES_LIMIT = 2 * 2**20  # bytes of packages' source within `code`
 HELD_OUT = 288 * 1024  # bytes held out of every domain at least
 SHORTEST = 200  # characters of a docstring worth reading, and of a document
 LONG_LINE = 30  # characters from which on a line tells one text from another
-TABLE = 0.1  # share of digits from which on a text is a table
+TABLE_DIGITS = 0.1  # share of digits from which on a text is a table
 BREAK = "\n\n\n"  # between the docstrings of a module; inside one there are never so many line ends in a row
 
 
@@ -52,8 +54,7 @@ def embedded_source() -> Source:
                 f"the embedded corpus lacks text for {domain!r}: this Python has too few readable source files; "
                 "give your own text with data.path (--data PATH)"
             )
-    rules = Path(__file__).read_text(encoding="utf-8")  # other rules below make another corpus of the same files
-    identity = fingerprint({**texts, "rules": [rules]})
+    identity = fingerprint({**texts, "rules": [str(RULES)]})
     return Source("embedded", identity, partial(documents, texts), minimum_held_out=HELD_OUT)
 
 
@@ -71,7 +72,7 @@ def docstrings(source: str) -> Iterator[str]:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             if text := ast.get_docstring(node):
                 yield _tidy(text)
-        elif isinstance(node, ast.Assign | ast.Expr) and _documents(node):
+        elif isinstance(node, ast.Assign | ast.Expr) and _attaches_documentation(node):
             yield from map(_tidy, _strings(node.value))
 
 
@@ -152,7 +153,7 @@ def _statements(tree: ast.AST) -> Iterator[ast.AST]:
         yield from _statements(statement)
 
 
-def _documents(statement: ast.Assign | ast.Expr) -> bool:
+def _attaches_documentation(statement: ast.Assign | ast.Expr) -> bool:
     """Say whether a statement attaches documentation, like `add_docstr(f, "…")`, or is the table of pydoc's topics."""
     if isinstance(statement.value, ast.Call):
         function = statement.value.func
@@ -204,4 +205,4 @@ def _bounded(texts: Iterable[str], limit: int) -> list[str]:
 
 def _is_table(text: str) -> bool:
     """Say whether a text is mostly numbers."""
-    return sum(map(text.count, "0123456789")) > TABLE * len(text)
+    return sum(map(text.count, "0123456789")) > TABLE_DIGITS * len(text)

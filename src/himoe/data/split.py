@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from himoe.errors import DataError
 
 
-def digest(document: str, seed: int = 0) -> bytes:
-    """Return the 16-byte content hash that places a document in the split; another seed gives another split."""
-    return hashlib.blake2b(document.encode(), digest_size=16, key=seed.to_bytes(8, "little")).digest()
+def digest(document: str) -> bytes:
+    """Return the 16-byte content hash that places a document in the split; another key would be another split."""
+    return hashlib.blake2b(document.encode(), digest_size=16, key=bytes(8)).digest()
 
 
 def split_documents(
-    documents: Sequence[str], fraction: float, *, seed: int = 0, minimum_bytes: int = 1, where: str = "data"
+    documents: Sequence[str], fraction: float, *, minimum_bytes: int = 1, where: str = "data"
 ) -> tuple[list[str], list[str]]:
     """Return the training and held-out documents, each in the given order.
 
@@ -30,11 +30,11 @@ def split_documents(
     """
     if not 0 < fraction < 1:
         raise DataError(f"held_out is {fraction}; allowed is a fraction between 0 and 1, such as 0.05")
-    digests = [digest(document, seed) for document in documents]
+    digests = [digest(document) for document in documents]
     sizes = {key: len(document.encode()) for key, document in zip(digests, documents, strict=True)}
     if len(sizes) < 2:
         raise DataError(
-            f"{where}: too short to hold a part out, it has {len(sizes)} different documents and needs at least 2; "
+            f"{where}: too short to hold a part out, it has {'one document only' if sizes else 'no document'}; "
             "give a longer text, or put short files together in one sub-folder to make them one domain"
         )
     order = sorted(sizes)

@@ -49,11 +49,6 @@ class TokenFile:
         ends = np.flatnonzero(self.tokens == self.end_of_document)
         return np.concatenate([[0], ends[:-1] + 1]).astype(np.int64)
 
-    def documents(self) -> Iterable[np.ndarray]:
-        """Yield the tokens of every document, without its end-of-document token."""
-        for start, end in zip(self.document_starts, [*self.document_starts[1:], self.num_tokens], strict=True):
-            yield self.tokens[start : end - 1]
-
 
 def write_token_file(path: Path, batches: Iterable[list[str]], tokenizer: Tokenizer) -> None:
     """Encode batches of documents and write them under a temporary name, renamed when complete."""
