@@ -108,6 +108,16 @@ def test_closing_tables_say_what_came_of_the_run(calls, capsys):
     assert " ".join(rows["speed"]) == "2,560 tokens/s, peak memory 321 MiB"
     assert rows["report"] == ["o/report.html"]
     assert max(map(len, lines)) <= 80
+    assert "Balance of the layers" in lines and "dropped" not in " ".join(lines)
+
+
+def test_closing_tables_show_dropped_pairs(calls, capsys):
+    calls.summary["layers"] = [{"layer": 0, **LAYER, "drop_rate": 0.0}, {"layer": 3, **LAYER, "drop_rate": 0.375}]
+    assert main(["train", "lm_tiny", "--out", "o"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert next(line for line in lines if line.startswith("layer")).endswith("dropped")
+    assert next(line for line in lines if line.startswith("3 ")).split()[-1] == "0.375"
+    assert max(map(len, lines)) <= 80
 
 
 def test_json_is_one_document_on_stdout_and_progress_goes_to_stderr(calls, capsys):

@@ -57,6 +57,7 @@ def _layer(index: int, skew: list[float], age: float, noise: random.Random, log_
     return {
         "layer": index,
         "load": load,
+        "drop_rate": 0.0,
         "max_vio_batch": vio + 0.12 + abs(noise.gauss(0, 0.03)),
         "max_vio_window": vio,
         "cv_window": math.sqrt(sum((n / fair - 1) ** 2 for n in load) / EXPERTS),

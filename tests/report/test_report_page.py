@@ -8,7 +8,7 @@ from fake_run import edit, fake_run, read_lines, write_lines
 
 from himoe.errors import MissingExtraError, RunFolderError
 from himoe.report import write_report
-from himoe.report.words import count, duration, saved, show, size
+from himoe.report.numbers import count, duration, saved, show, size
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +111,31 @@ def test_group_mass_and_concentration_have_their_bounds(run, page):
         figure = titled(html, title)
         assert [line["y0"] for line in figure["layout"]["shapes"]] == [0.25, 1.0]
         assert [trace["name"] for trace in figure["traces"]] == [f"layer {i}" for i in range(4)]
+
+
+def test_dropped_pairs_are_shown_where_there_are_some(run, page):
+    assert "Dropped" not in page(run)
+    lines = read_lines(run / "load.jsonl")
+    lines[3]["layers"][1]["drop_rate"] = 0.375
+    write_lines(run / "load.jsonl", lines)
+    edit(run / "summary.json", lambda summary: summary["layers"][2].update(drop_rate=0.625))
+    html = page(run)
+    assert titled(html, "Dropped pairs")["traces"][1]["y"][2:5] == [0, 0.375, 0]
+    assert "<th scope=col>Dropped</th>" in html and "<td>0.625</td></tr>" in html
+
+
+@pytest.mark.parametrize(
+    ("moe", "text"),
+    [
+        ({"preset": "moge"}, "16 experts in 4 groups, top 4"),
+        ({"preset": None, "selector": "top_k_per_group"}, "16 experts in 4 groups, top 4"),
+        ({"preset": "switch"}, "16 experts (measured in 4 groups), top 4"),
+        ({"preset": "switch", "num_groups": 1}, "16 experts, top 4"),
+    ],
+)
+def test_groups_are_the_routers_only_where_it_chooses_by_group(run, page, moe, text):
+    edit(run / "config.json", lambda config: config["moe"].update(moe))
+    assert text in page(run)
 
 
 def test_scores_of_more_text_stand_apart_from_the_curve(run, page):

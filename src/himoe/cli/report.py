@@ -13,7 +13,7 @@ from himoe.cli.parsing import option
 
 @dataclass(kw_only=True)
 class Report:
-    """Write a run's page anew: loss, domains, and where the tokens went.
+    """Write a run's page anew: loss, domains, and the load of every expert.
 
     Examples:
       himoe report runs/novels

@@ -56,11 +56,14 @@ def print_layers(console: Console, layers: Sequence[Mapping[str, Any]]) -> None:
         "Σm²": "group_mass",
         "C": "concentration",
     }
-    console.print("[bold]Load of the experts, last 50 steps[/bold]", highlight=False)
+    if any(layer.get("drop_rate") for layer in layers):
+        columns["dropped"] = "drop_rate"
+    console.print("[bold]Balance of the layers[/bold]", highlight=False)
     table = _table("layer", list(columns))
     for layer in layers:
         table.add_row(str(layer["layer"]), *(_number(layer.get(key)) for key in columns.values()))
     console.print(table)
+    console.print("MaxVio, CV: last 50 steps together; the others: mean since the last log line.", style="dim")
     console.print("MaxVio: busiest expert over the mean, less 1. CV: deviation over the mean.", style="dim")
     console.print("Σm²: 1/groups to 1, all on one group. C: 1/group size to 1, all on one expert.", style="dim")
     console.print()

@@ -13,7 +13,7 @@ from html import escape
 from typing import Any
 
 from himoe.report.read import RunFolder, number, table
-from himoe.report.series import LayerHistory, LoadHistory, Series, series
+from himoe.report.thinning import LayerHistory, LoadHistory, Series, series
 
 NUM_COLOURS = 6
 DASHES = ("solid", "dot", "dashdot")

@@ -11,16 +11,18 @@ import shlex
 from html import escape
 from typing import Any
 
+from himoe.registry import GROUPED_PRESETS, GROUPED_SELECTORS
 from himoe.report import charts
+from himoe.report.numbers import count, duration, saved, show, size
 from himoe.report.page import Page, html_table
 from himoe.report.read import RunFolder, number, table
-from himoe.report.series import LoadHistory, load_history
-from himoe.report.words import count, duration, saved, show, size
+from himoe.report.thinning import LoadHistory, load_history
 
 MAX_VIO_TEXT = (
     "<b>MaxVio</b> is how far the busiest expert is above its fair share: 0 means perfectly even, 1 means it gets twice"
     " its share. <b>Batch</b> looks at each optimizer step alone, <b>window</b> at the last 50 steps added together,"
-    " which takes out the luck of a single batch."
+    " which takes out the luck of a single batch. Both count the pairs that the router chose, before a capacity limit"
+    " drops any."
 )
 LOAD_TEXT = (
     "Each row is an expert, each column an interval of training. Colour is the expert’s load (the token–expert pairs it"
@@ -74,7 +76,9 @@ def _headline(run: RunFolder) -> str:
     what = f"<b>{count(parameters.get('total'))} parameters</b>, {count(parameters.get('active'))} active per token"
     if layers:
         num_groups = int(number(moe.get("num_groups")) or 1)
-        groups = f" in {num_groups} groups" if num_groups > 1 else ""
+        grouped = moe.get("preset") in GROUPED_PRESETS or moe.get("selector") in GROUPED_SELECTORS
+        groups = f" in {num_groups} groups" if grouped else f" (measured in {num_groups} groups)"
+        groups = groups if num_groups > 1 else ""
         method = f", balanced by <b>{_text(moe['preset'])}</b>" if moe.get("preset") else ""
         experts = f"{_text(moe.get('num_experts'))} experts{groups}, top {_text(moe.get('top_k'))}"
         what += f"; {len(layers)} mixture-of-experts layer{'s' * (len(layers) > 1)} of {experts}{method}"
@@ -167,6 +171,10 @@ def _load(page: Page, run: RunFolder, loads: LoadHistory) -> str:
         chart.layout["yaxis"] = {"rangemode": "tozero"}
         chart.switches = (("MaxVio", "yaxis"),)
         over_time.append(chart)
+    if any(value for layer in loads.layers for value in layer.statistics["drop_rate"]):
+        text = f"Share of the chosen pairs that the capacity limit dropped. {_pooled(loads)}".strip()
+        over_time.append(charts.layer_chart(loads, "drop_rate", "Dropped pairs", text))
+        over_time[-1].layout["yaxis"] = {"rangemode": "tozero", "tickformat": ".0%"}
     groups = run.groups(loads.num_experts)
     maps = [charts.heat_map(layer, loads, groups) for layer in loads.layers]
     scale = '<div class="scale"><span>0: idle</span><i></i><span>2 × fair share or more</span></div>'
@@ -197,13 +205,18 @@ def _pooled(loads: LoadHistory) -> str:
 
 
 def _layer_table(run: RunFolder) -> str:
-    keys = ("max_vio_batch", "max_vio_window", "cv_window", "group_mass", "concentration")
-    rows = [
-        [_text(layer.get("layer")), *(show(layer.get(key)) for key in keys)]
-        for layer in run.outcome.get("layers") or []
-    ]
-    head = ["Layer", "MaxVio, batch", "MaxVio, window", "CV, window", "Σm²", "C"]
-    return html_table(head, rows, "Balance by layer at the end") if rows else ""
+    layers = run.outcome.get("layers") or []
+    columns = {
+        "MaxVio, batch": "max_vio_batch",
+        "MaxVio, window": "max_vio_window",
+        "CV, window": "cv_window",
+        "Σm²": "group_mass",
+        "C": "concentration",
+    }
+    if any(number(layer.get("drop_rate")) for layer in layers):
+        columns["Dropped"] = "drop_rate"
+    rows = [[_text(layer.get("layer")), *(show(layer.get(key)) for key in columns.values())] for layer in layers]
+    return html_table(["Layer", *columns], rows, "Balance by layer at the end") if rows else ""
 
 
 def _again(run: RunFolder) -> str:

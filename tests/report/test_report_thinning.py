@@ -2,7 +2,7 @@ import pytest
 from fake_run import EXPERTS, LAYERS, fake_run, write_lines
 
 from himoe.report import RunFolder
-from himoe.report.series import MAX_LOAD_BINS, MAX_POINTS, NUM_BINS, load_history, series
+from himoe.report.thinning import MAX_LOAD_BINS, MAX_POINTS, NUM_BINS, load_history, series
 
 
 def lines(values):
