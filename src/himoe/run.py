@@ -173,9 +173,9 @@ def _build_trainer(config: Config, corpus: Corpus) -> Trainer:
     order = TrainingOrder(corpus.train.tokens, settings.seq_len, config.seed)
     if order.windows_per_epoch < settings.batch_size:
         raise DataError(
-            f"the training text is too short for one batch: {corpus.train.num_tokens} tokens are "
-            f"{order.windows_per_epoch} sequences of train.seq_len = {settings.seq_len}, and train.batch_size = "
-            f"{settings.batch_size}; give more text or lower one of the two"
+            f"the training text is too short for one batch: {corpus.train.num_tokens} tokens give "
+            f"{order.windows_per_epoch} of its train.batch_size = {settings.batch_size} sequences of "
+            f"train.seq_len = {settings.seq_len}; give more text or lower one of the two"
         )
     model = build_model(config, corpus.tokenizer.vocab_size).to(best_device())
     groups = Groups.of(config.moe.groups or config.moe.num_groups, config.moe.num_experts)
