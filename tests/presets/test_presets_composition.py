@@ -82,7 +82,12 @@ def test_options_reach_their_part():
     assert (part(router, Switch).weight, part(router, ZLoss).weight) == (0.5, 0.7)
     assert (terms.lambda_intra, terms.lambda_inter) == (0.2, 0.3)
     assert (terms.intra, terms.inter, terms.source) == ("entropy", "entropy", "corrected")
-    assert (correction.mean_from, correction.tau, correction.beta, correction.temperature) == ("previous", 0.4, 0.5, 0.6)
+    assert (correction.mean_from, correction.tau, correction.beta, correction.temperature) == (
+        "previous",
+        0.4,
+        0.5,
+        0.6,
+    )
     assert not router.renormalize and router.expert_scale is None
 
 
