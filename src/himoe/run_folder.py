@@ -12,8 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from himoe.errors import RunFolderError
-from himoe.registry import nearest
+from himoe.errors import RunFolderError, nearest
 
 DOCUMENTS = ("config.json", "env.json", "summary.json", "tokenizer.json")
 LOGS = ("metrics.jsonl", "load.jsonl")
@@ -48,7 +47,7 @@ def is_run_folder(path: Path) -> bool:
 def no_run_folder(path: Path, *, missing: str = "config.json", known: Iterable[Path] = ()) -> RunFolderError:
     """Return the error that says why `path` is no run folder, with the nearest of the `known` ones."""
     what = f"holds no {missing}, so it is no run folder" if path.exists() else "does not exist"
-    return RunFolderError(f"run folder {path} {what}{nearest(str(path), [str(run) for run in known])}")
+    return RunFolderError(f"run folder {path} {what}{nearest(str(path), map(str, known))}")
 
 
 def _is_temporary(path: Path) -> bool:
