@@ -6,12 +6,15 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
 import himoe
 from himoe.cli import VERBS, main
+from himoe.config import load_config
 from himoe.errors import HimoeWarning
+from himoe.registry import TABLES
 
 WITHOUT_TORCH = """
 import sys
@@ -21,8 +24,9 @@ class NoTorch:
 sys.meta_path.insert(0, NoTorch())
 from himoe.cli import main
 for arguments, code in [
-    (["--help"], 0), (["train", "--help"], 0), (["list"], 0), (["list", "presets", "hi_moe"], 0), (["--version"], 0),
-    (["train", "--dry-run"], 0), (["train", "--set", "moe.top_k=99"], 2), (["eval", "nowhere"], 2), (["trian"], 2),
+    (["--help"], 0), (["train", "--help"], 0), (["list"], 0), (["list", "presets"], 0), (["--version"], 0),
+    (["help", "eval"], 0), (["train", "--dry-run"], 0),
+    (["train", "--set", "moe.top_k=99"], 2), (["eval", "nowhere"], 2), (["trian"], 2),
 ]:
     assert main(arguments) == code, arguments
 """
@@ -52,6 +56,14 @@ def test_no_argument_and_help_print_the_same_and_name_every_verb(capsys):
     assert max(map(len, bare.splitlines())) <= 80
 
 
+@pytest.mark.parametrize("words", [["help", "eval"], ["--help", "eval"], ["--debug", "eval", "--help"]])
+def test_help_of_a_verb_can_be_asked_for_either_way(capsys, words):
+    assert main(["eval", "--help"]) == 0
+    usual = capsys.readouterr().out
+    assert main(words) == 0
+    assert capsys.readouterr().out == usual
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_of_a_verb_has_worked_examples_and_fits_80_columns(capsys, monkeypatch, verb):
     monkeypatch.setenv("COLUMNS", "80")
@@ -74,10 +86,18 @@ def test_version(capsys):
         (["train", "--sett", "a=b"], "unknown option '--sett'; did you mean '--set'? (see himoe train --help)"),
         (["train", "--dryrun"], "unknown option '--dryrun'; did you mean '--dry-run'?"),
         (["list", "--jsn"], "unknown option '--jsn'; did you mean '--json'?"),
+        (["help", "trian"], "no verb 'trian'; known: train, eval, report, list; did you mean 'train'?"),
+        (["train", "--steps", "5"], "unknown option '--steps'; did you mean --set train.steps=5? (see himoe train"),
+        (["train", "--top-k=2", "lm_tiny"], "unknown option '--top-k=2'; did you mean --set moe.top_k=2? (see"),
+        (["train", "--moe.top_k", "2"], "unknown option '--moe.top_k'; did you mean --set moe.top_k=2? (see"),
+        (["train", "--seed", "--json"], "unknown option '--seed'; did you mean --set seed=VALUE? (see"),
+        (["list", "--dim", "5"], "unknown option '--dim' (see himoe list --help)"),
         (["train", "a", "b"], "unexpected argument 'b' (see himoe train --help)"),
         (["train", "--out"], "Missing value for argument '--out'"),
         (["train", "--set", "steps"], "--set steps: must look like key=value"),
         (["train", "lm_tny"], "no recipe 'lm_tny'; known: lm_demo, lm_tiny; did you mean 'lm_tiny'?"),
+        (["train", "texts"], "(a file of yours ends in .toml); texts is a folder: did you mean --data texts?"),
+        (["train", "a.txt"], "(a file of yours ends in .toml); a.txt is a file: did you mean --data a.txt?"),
         (["train", "nowhere.toml"], "no configuration file nowhere.toml"),
         (["train", "--set", "moe.top_k=99"], "moe.top_k = 99: must be ≤ moe.num_experts (16)"),
         (["eval"], "name a run folder"),
@@ -88,16 +108,22 @@ def test_version(capsys):
             ["list", "scors"],
             "no table 'scors'; known: balancers, selectors, scores, experts, presets, recipes; did you",
         ),
+        (["list", "two_level"], "two_level stands in balancers: himoe list balancers two_level"),
+        (["list", "lm_tiny"], "lm_tiny stands in recipes: himoe list recipes lm_tiny"),
+        (["list", "switch"], "switch stands in balancers and presets: himoe list balancers switch or himoe list pres"),
         (["list", "scores", "sofmax"], "no entry 'sofmax' in scores; known: softmax, sigmoid; did you mean 'softmax'?"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(capsys, tmp_path, monkeypatch, arguments, text):
     monkeypatch.chdir(tmp_path)
+    Path("texts").mkdir()
+    Path("a.txt").touch()
     assert text in failure(capsys, *arguments)
 
 
-def test_debug_adds_the_traceback(capsys):
-    assert main(["train", "lm_tny", "--debug"]) == 2
+@pytest.mark.parametrize("arguments", [["train", "lm_tny", "--debug"], ["--debug", "train", "lm_tny"]])
+def test_debug_adds_the_traceback(capsys, arguments):
+    assert main(arguments) == 2
     err = capsys.readouterr().err
     assert err.startswith("Traceback")
     assert err.splitlines()[-1].startswith("himoe: no recipe 'lm_tny'")
@@ -176,8 +202,7 @@ def test_list_of_one_table_and_of_one_entry(capsys):
     assert main(["list", "balancers", "loss_free", "--json"]) == 0
     entry = json.loads(capsys.readouterr().out)
     assert entry["where"] == "himoe.balance.loss_free:LossFree"
-    assert entry["signature"].startswith("LossFree(")
-    assert "self" not in entry["signature"]
+    assert entry["signature"].startswith('LossFree(\n    rate: float = 0.001,\n    update: str = "sign",\n')
     assert main(["list", "balancers", "loss_free"]) == 0
     text = capsys.readouterr().out
     assert entry["signature"] in text
@@ -185,9 +210,30 @@ def test_list_of_one_table_and_of_one_entry(capsys):
     assert '[[moe.balancers]]\nname = "loss_free"' in text
 
 
-def test_list_finds_a_constructor_in_a_base_class_of_the_same_file(capsys):
-    assert main(["list", "experts", "swiglu", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["signature"].startswith("SwiGLUExperts(\n    num_experts: int,\n")
+@pytest.mark.parametrize(
+    ("entry", "signature"),
+    [
+        (("experts", "swiglu"), "SwiGLUExperts()"),
+        (("selectors", "top_k_per_group"), "top_k_per_group()"),
+        (("scores", "sigmoid"), "sigmoid()"),
+        (("balancers", "z_loss"), "ZLoss(weight: float = 0.001)"),
+        (("presets", "moge"), "moge(alpha: float | None = None, renormalize: bool = True)"),
+    ],
+)
+def test_an_entry_shows_only_the_options_that_a_configuration_can_give(capsys, entry, signature):
+    assert main(["list", *entry, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["signature"] == signature
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_an_entry_shows_a_configuration_that_loads(capsys, tmp_path, table):
+    """The options come in a comment; all else in the card's last part is a file that works."""
+    for name in TABLES[table]:
+        assert main(["list", table, name]) == 0
+        text = capsys.readouterr().out.partition("In a configuration:\n\n")[2]
+        (tmp_path / "my.toml").write_text('recipe = "lm_tiny"\n' + text, encoding="utf-8")
+        moe = load_config(tmp_path / "my.toml").moe
+        assert name in (moe.preset, moe.selector, moe.score, moe.experts, *(entry.name for entry in moe.balancers))
 
 
 def test_list_of_a_recipe_is_its_file(capsys, tmp_path):

@@ -37,7 +37,7 @@ Examples:
   himoe eval runs/try                 its held-out bits per byte again
   himoe list balancers                what can be put in a configuration
 
-`himoe VERB --help` explains a verb, with examples; `himoe --version` names the
+`himoe help VERB` explains a verb, with examples; `himoe --version` names the
 version."""
 
 
@@ -66,10 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(arguments: list[str]) -> int:
     """Run the verb that the arguments name."""
-    verb, *rest = arguments or ["--help"]
+    words = arguments[1:] if arguments[:1] == ["--debug"] else arguments
+    verb, *rest = words or ["--help"]
     if verb in {"-h", "--help", "help"}:
-        print(help_text())
-        return 0
+        if not rest:
+            print(help_text())
+            return 0
+        verb, rest = rest[0], ["--help"]
     if verb == "--version":
         print(f"himoe {himoe.__version__}")
         return 0

@@ -1,17 +1,24 @@
-"""What the tables hold, read from the source text of each entry, so that PyTorch need not be imported."""
+"""What the tables hold.
+
+The lines of a table are read from source text, so that PyTorch need not be imported; an entry in full is imported.
+"""
 
 import ast
-from collections.abc import Callable
+import inspect
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import himoe
 from himoe.config import recipe_description, recipe_names, recipe_text
 from himoe.errors import ConfigError, nearest
-from himoe.registry import TABLES
+from himoe.registry import TABLES, load
 
 KINDS = (*TABLES, "recipes")
 LINE = 80
+# Arguments that the configuration's other keys and the layer itself settle; the rest are an entry's options.
+SETTLED = {"dim", "hidden_dim", "num_experts", "num_groups", "groups", "top_k", "k",
+           "backend", "context", "force", "logits", "scores"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Details(Entry):
-    """An entry in full: how it is called, or a recipe's text, and its whole docstring."""
+    """An entry in full: its options and its whole docstring, or a recipe's text."""
 
     signature: str
     text: str
@@ -33,7 +40,9 @@ class Details(Entry):
 
 def entries(kind: str) -> list[Entry]:
     """Return all entries of a table, in its order."""
-    return [Entry(full.name, full.description, full.where) for full in map(_read(kind), names(kind))]
+    if kind == "recipes":
+        return [Entry(name, recipe_description(name), f"himoe/recipes/{name}.toml") for name in names(kind)]
+    return [Entry(name, _first_line(TABLES[kind][name]), TABLES[kind][name]) for name in names(kind)]
 
 
 def details(kind: str, name: str) -> dict[str, str]:
@@ -41,65 +50,36 @@ def details(kind: str, name: str) -> dict[str, str]:
     known = names(kind)
     if name not in known:
         raise ConfigError(f"no entry {name!r} in {kind}; known: {', '.join(known)}{nearest(name, known)}")
-    return asdict(_read(kind)(name))
+    entry = next(entry for entry in entries(kind) if entry.name == name)
+    if kind == "recipes":
+        return asdict(Details(**asdict(entry), signature="", text=recipe_text(name)))
+    found = load(kind, name)
+    return asdict(Details(**asdict(entry), signature=_signature(found), text=inspect.getdoc(found) or ""))
 
 
 def names(kind: str) -> list[str]:
-    """Return the names in a table, or raise `ConfigError` with the nearest table."""
-    if kind not in KINDS:
-        raise ConfigError(f"no table {kind!r}; known: {', '.join(KINDS)}{nearest(kind, list(KINDS))}")
-    return recipe_names() if kind == "recipes" else list(TABLES[kind])
+    """Return the names in a table, or raise `ConfigError` with the table that is meant."""
+    if kind in KINDS:
+        return recipe_names() if kind == "recipes" else list(TABLES[kind])
+    if tables := [table for table in KINDS if kind in names(table)]:
+        ways = " or ".join(f"himoe list {table} {kind}" for table in tables)
+        raise ConfigError(f"{kind} stands in {' and '.join(tables)}: {ways}")
+    raise ConfigError(f"no table {kind!r}; known: {', '.join(KINDS)}{nearest(kind, KINDS)}")
 
 
-def _read(kind: str) -> Callable[[str], Details]:
-    return _recipe if kind == "recipes" else lambda name: _definition(name, TABLES[kind][name])
-
-
-def _recipe(name: str) -> Details:
-    return Details(name, recipe_description(name), f"himoe/recipes/{name}.toml", "", recipe_text(name))
-
-
-def _definition(name: str, where: str) -> Details:
-    """Find the class or function that `"module:Name"` means, without importing it."""
+def _first_line(where: str) -> str:
+    """Return the first line of the docstring of what `"module:Name"` means, without importing it."""
     module, _, attribute = where.partition(":")
     source = Path(himoe.__file__ or "").parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
-    tree = ast.parse(source.read_text(encoding="utf-8")) if source.is_file() else ast.Module([], [])
-    for node in tree.body:
+    for node in ast.parse(source.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == attribute:
-            text = ast.get_docstring(node) or ""
-            return Details(name, text.partition("\n")[0], where, _signature(node, tree), text)
-    return Details(name, "", where, "", "")
+            return (ast.get_docstring(node) or "").partition("\n")[0]
+    return ""
 
 
-def _signature(node: ast.ClassDef | ast.FunctionDef, tree: ast.Module) -> str:
-    """Return `Name(argument: type = default, …)`, for a class that of its constructor."""
-    call = _constructor(node, tree) if isinstance(node, ast.ClassDef) else node
-    if call is None:
-        return node.name
-    call.args.args = [argument for argument in call.args.args if argument.arg != "self"]
-    line = f"{node.name}({ast.unparse(call.args)})"
-    return line if len(line) <= LINE else "\n    ".join([f"{node.name}(", *_arguments(call.args)]) + "\n)"
-
-
-def _constructor(node: ast.ClassDef, tree: ast.Module) -> ast.FunctionDef | None:
-    """Return the `__init__` of a class or of the bases that stand in the same file."""
-    own = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
-    bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
-    parents = [item for item in tree.body if isinstance(item, ast.ClassDef) and item.name in bases]
-    return own[0] if own else next(filter(None, (_constructor(parent, tree) for parent in parents)), None)
-
-
-def _arguments(args: ast.arguments) -> list[str]:
-    """Return each argument as it is written, with its type and default."""
-    required = [None] * (len(args.args) - len(args.defaults))
-    shown = [_argument(*pair) for pair in zip(args.args, [*required, *args.defaults], strict=True)]
-    if args.vararg or args.kwonlyargs:
-        shown.append(f"*{ast.unparse(args.vararg) if args.vararg else ''}")
-    shown += [_argument(*pair) for pair in zip(args.kwonlyargs, args.kw_defaults, strict=True)]
-    if args.kwarg:
-        shown.append(f"**{ast.unparse(args.kwarg)}")
-    return [f"{argument}," for argument in shown]
-
-
-def _argument(argument: ast.arg, default: ast.expr | None) -> str:
-    return ast.unparse(argument) + (f" = {ast.unparse(default)}" if default else "")
+def _signature(entry: Any) -> str:
+    """Return `name(option: type = default, …)` with the options that a configuration can give."""
+    parameters = inspect.signature(entry).parameters.values()
+    options = [str(option).replace("'", '"') for option in parameters if option.name not in SETTLED]
+    line = f"{entry.__name__}({', '.join(options)})"
+    return line if len(line) <= LINE else "\n    ".join([f"{entry.__name__}(", *(f"{o}," for o in options)]) + "\n)"

@@ -9,12 +9,12 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from himoe.cli.folders import existing_run
-from himoe.cli.parsing import option
+from himoe.cli.parsing import Verb, option
 from himoe.cli.tables import print_domains
 
 
 @dataclass(kw_only=True)
-class Eval:
+class Eval(Verb):
     """Score a run's model on each domain, in bits per byte and perplexity.
 
     Examples:
@@ -32,10 +32,6 @@ class Eval:
     """Text file or folder. Without it: the held-out parts of the run's own text."""
     checkpoint: Annotated[str | None, option("NAME")] = None
     """Folder under RUN/checkpoints. Without it: the last one."""
-    as_json: Annotated[bool, option(name="json")] = False
-    """Print one JSON document on stdout; progress goes to stderr."""
-    debug: Annotated[bool, option()] = False
-    """Show a traceback with an error."""
 
     def run(self, command: list[str]) -> int:  # noqa: ARG002
         """Evaluate, and print the table of domains."""

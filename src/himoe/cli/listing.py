@@ -8,18 +8,21 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from himoe.cli.catalogue import KINDS, details, entries
-from himoe.cli.parsing import option
+from himoe.cli.parsing import Verb, option
 from himoe.cli.tables import print_details, print_entries
 
-# How an entry with options stands in a configuration file.
+# How an entry stands in a configuration file.
 USE = {
     "presets": '[moe]\npreset = "{0}"\n\n[moe.options]  # its own options follow, a line each',
+    "selectors": '[moe]\nselector = "{0}"  # in place of a preset\n\n[[moe.balancers]]\nname = "switch"',
+    "scores": '[moe]\nselector = "top_k"\nscore = "{0}"\n\n[[moe.balancers]]\nname = "switch"',
+    "experts": '[moe]\nexperts = "{0}"',
     "balancers": '[[moe.balancers]]\nname = "{0}"  # its own options follow, a line each',
 }
 
 
 @dataclass(kw_only=True)
-class List:
+class List(Verb):
     """List balancers, selectors, scores, experts, presets and recipes.
 
     Examples:
@@ -37,10 +40,6 @@ class List:
     """balancers, selectors, scores, experts, presets or recipes. Without it: all."""
     name: Annotated[Positional[str | None], option("[NAME]")] = None
     """One entry, in full."""
-    as_json: Annotated[bool, option(name="json")] = False
-    """Print one JSON document on stdout."""
-    debug: Annotated[bool, option()] = False
-    """Show a traceback with an error."""
 
     def run(self, command: list[str]) -> int:  # noqa: ARG002
         """Print the tables, or one entry."""

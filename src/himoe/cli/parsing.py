@@ -5,20 +5,13 @@ import inspect
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any, Protocol
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
 
 import tyro
 
+from himoe.config.schema import Config, key_tree
 from himoe.errors import ConfigError, nearest
-
-
-class Verb(Protocol):
-    """A dataclass whose fields are the arguments, its docstring the help."""
-
-    def run(self, command: list[str]) -> int:
-        """Do the work and return the exit status; `command` is what was typed."""
-        ...
 
 
 def option(metavar: str | None = None, name: str | None = None) -> Any:
@@ -26,7 +19,21 @@ def option(metavar: str | None = None, name: str | None = None) -> Any:
     return tyro.conf.arg(metavar=metavar, name=name, help_behavior_hint="")
 
 
-def parse(verb: type, prog: str, arguments: Sequence[str]) -> Any:
+@dataclass(kw_only=True)
+class Verb:
+    """Base of the verbs: the fields are the arguments, the docstring is the help."""
+
+    as_json: Annotated[bool, option(name="json")] = False
+    """Print one JSON document on stdout; progress goes to stderr."""
+    debug: Annotated[bool, option()] = False
+    """Show a traceback with an error."""
+
+    def run(self, command: list[str]) -> int:
+        """Do the work and return the exit status; `command` is what was typed."""
+        raise NotImplementedError
+
+
+def parse(verb: type[Verb], prog: str, arguments: Sequence[str]) -> Verb | None:
     """Return the verb filled in, or None after its help was printed.
 
     Raises:
@@ -48,15 +55,30 @@ def parse(verb: type, prog: str, arguments: Sequence[str]) -> Any:
             raise ConfigError(f"{_first_paragraph(complaint.getvalue())} (see {prog} --help)") from None
         return None
     if unknown:
-        raise ConfigError(f"{_unexpected(verb, unknown[0])} (see {prog} --help)")
+        raise ConfigError(f"{_unexpected(verb, unknown)} (see {prog} --help)")
     return filled
 
 
-def _unexpected(verb: type, argument: str) -> str:
+def _unexpected(verb: type[Verb], unknown: Sequence[str]) -> str:
+    argument, *rest = unknown
     if not argument.startswith("-"):
         return f"unexpected argument {argument!r}"
+    name, equals, value = argument.partition("=")
     known = ["--help", *(f"--{_option_name(field.name, field.type)}" for field in fields(verb))]
-    return f"unknown option {argument!r}{nearest(argument.partition('=')[0], known)}"
+    hint = nearest(name, known)
+    if "--set" in known and (key := _key_called(name)):
+        value = value if equals else next((word for word in rest[:1] if not word.startswith("-")), "VALUE")
+        hint = f"; did you mean --set {key}={value}?"
+    return f"unknown option {argument!r}{hint}"
+
+
+def _key_called(option_name: str) -> str | None:
+    """Return the one key of the configuration that an option is called like, `train.steps` for `--steps`."""
+    words = option_name.lstrip("-").replace("-", "_")
+    tree = key_tree(Config)
+    keys = [f"{section}.{key}".lstrip(".") for section, names in tree.items() for key in names if key not in tree]
+    found = [key for key in keys if words in (key, key.rpartition(".")[2])]
+    return found[0] if len(found) == 1 else None
 
 
 def _option_name(field: str, annotation: Any) -> str:

@@ -8,11 +8,11 @@ from typing import Annotated
 from tyro.conf import Positional
 
 from himoe.cli.folders import existing_run
-from himoe.cli.parsing import option
+from himoe.cli.parsing import Verb, option
 
 
 @dataclass(kw_only=True)
-class Report:
+class Report(Verb):
     """Write a run's page anew: loss, domains, and the load of every expert.
 
     Examples:
@@ -26,10 +26,6 @@ class Report:
     """Run folder that `himoe train` wrote."""
     out: Annotated[Path | None, option("FILE")] = None
     """File to write. Without it: RUN/report.html."""
-    as_json: Annotated[bool, option(name="json")] = False
-    """Print one JSON document on stdout."""
-    debug: Annotated[bool, option()] = False
-    """Show a traceback with an error."""
 
     def run(self, command: list[str]) -> int:  # noqa: ARG002
         """Write the page and print its path."""

@@ -9,14 +9,14 @@ from rich.console import Console
 from tyro.conf import Positional, UseAppendAction
 
 from himoe.cli.folders import existing_run, new_folder, newest_unfinished
-from himoe.cli.parsing import option
+from himoe.cli.parsing import Verb, option
 from himoe.cli.tables import print_summary
 from himoe.config import Config, format_document, load_config
 from himoe.errors import ConfigError
 
 
 @dataclass(kw_only=True)
-class Train:
+class Train(Verb):
     """Train a language model; its run folder holds all that is known of it.
 
     Examples:
@@ -46,10 +46,6 @@ class Train:
     """Overwrite the run folder if it exists."""
     dry_run: Annotated[bool, option()] = False
     """Print the resolved configuration and write nothing."""
-    as_json: Annotated[bool, option(name="json")] = False
-    """Print one JSON document on stdout; progress goes to stderr."""
-    debug: Annotated[bool, option()] = False
-    """Show a traceback with an error."""
 
     def run(self, command: list[str]) -> int:
         """Train, and print the closing tables; 130 where Ctrl-C stopped the run at a checkpoint."""
