@@ -1,7 +1,7 @@
 """The command line: `himoe VERB …`. Each verb is one file; what all of them share is here.
 
 Bad input gets one clear line on stderr and exit status 2, Ctrl-C 130; a traceback appears only with `--debug`.
-PyTorch is imported by the verbs that compute, after their arguments have been checked.
+PyTorch is imported only where it is needed, after the arguments have been checked.
 """
 
 import errno
