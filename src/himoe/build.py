@@ -75,14 +75,10 @@ def build_router(moe: MoEConfig, dim: int) -> Router:
     """Build the router of a preset, or the one spelled out by selector, score and balancers."""
     extra = [_build_balancer(i, entry.name, entry.options, moe) for i, entry in enumerate(moe.balancers)]
     if moe.preset is not None:
-        router = _build_preset(moe, dim)
-        if extra:
-            router.balancer = Chain(router.balancer, *extra)
-            check_guards(router.balancer, top_k=moe.top_k, force=moe.force)
-        return router
+        return _build_preset(moe, dim, extra)
     assert moe.selector and moe.score, "without a preset, the configuration has settled both"
-    balancer = Chain(*extra)
-    check_guards(balancer, top_k=moe.top_k, force=moe.force)
+    score, balancer = registry.load("scores", moe.score), Chain(*extra)
+    check_guards(balancer, top_k=moe.top_k, score=score, force=moe.force)
     if not any(part.balances_load for part in balancer.modules() if isinstance(part, Balancer)):
         warnings.warn(
             "moe.selector without moe.balancers that balance load: nothing keeps the experts evenly used",
@@ -93,23 +89,29 @@ def build_router(moe: MoEConfig, dim: int) -> Router:
         Gate(dim, moe.num_experts),
         _build_selector(moe.selector, moe),
         num_experts=moe.num_experts,
-        score=registry.load("scores", moe.score),
+        score=score,
         balancer=balancer,
         renormalize=moe.renormalize is not False,
     )
 
 
-def _build_preset(moe: MoEConfig, dim: int) -> Router:
+def _build_preset(moe: MoEConfig, dim: int, extra: list[Balancer]) -> Router:
     assert moe.preset is not None
     preset = registry.load("presets", moe.preset)
     accepted = _parameters(preset)
-    given: dict[str, Any] = {"dim": dim, "num_experts": moe.num_experts, "top_k": moe.top_k_per_group or moe.top_k}
-    if "num_groups" in accepted:
+    given: dict[str, Any] = {"dim": dim, "num_experts": moe.num_experts, "top_k": moe.top_k}
+    if "groups" in accepted:
         given |= {"groups": moe.groups, "num_groups": None if moe.groups else moe.num_groups}
-    if "force" in accepted:
-        given["force"] = moe.force
+        given["top_k"] = moe.top_k_per_group or moe.top_k
+    elif "num_groups" in accepted:
+        given["num_groups"] = moe.num_groups
+    given |= {name: value for name, value in (("force", moe.force), ("extra", extra)) if name in accepted}
     options = ({} if moe.renormalize is None else {"renormalize": moe.renormalize}) | moe.options
-    return _call(preset, f"moe.options of preset {moe.preset!r}", options, given)
+    router = _call(preset, f"moe.options of preset {moe.preset!r}", options, given)
+    if extra and "extra" not in accepted:
+        router.balancer = Chain(router.balancer, *extra)
+        check_guards(router.balancer, top_k=moe.top_k, score=router.score, force=moe.force)
+    return router
 
 
 def _build_balancer(index: int, name: str, options: dict[str, Any], moe: MoEConfig) -> Balancer:
@@ -128,6 +130,8 @@ def _build_selector(name: str, moe: MoEConfig) -> Callable[..., Any]:
     if "groups" not in _parameters(selector):
         return partial(selector, k=moe.top_k)
     groups = _groups(moe)
+    if name not in registry.GROUPED_SELECTORS:
+        return partial(selector, groups=groups, k=moe.top_k)
     per_group = tuple(moe.top_k_per_group or [moe.top_k // groups.num_groups] * groups.num_groups)
     return partial(selector, groups=groups, k=per_group)
 

@@ -12,6 +12,7 @@ from himoe.errors import ConfigError, nearest
 BALANCERS = {
     "logit_correction": "himoe.balance.logit_correction:LogitCorrection",
     "two_level": "himoe.balance.two_level:TwoLevelTerms",
+    "sequence": "himoe.balance.sequence:Sequence",
     "switch": "himoe.balance.switch:Switch",
     "z_loss": "himoe.balance.z_loss:ZLoss",
     "loss_free": "himoe.balance.loss_free:LossFree",
@@ -19,6 +20,7 @@ BALANCERS = {
 SELECTORS = {
     "top_k": "himoe.functional.selection:top_k",
     "top_k_per_group": "himoe.functional.selection:top_k_per_group",
+    "top_k_in_best_groups": "himoe.functional.selection:top_k_in_best_groups",
 }
 GROUPED_SELECTORS = frozenset({"top_k_per_group"})  # that take equally many experts from each group
 SCORES = {
@@ -36,6 +38,7 @@ PRESETS = {
     "moge": "himoe.presets.moge:moge",
     "switch": "himoe.presets.switch:switch",
     "loss_free": "himoe.presets.loss_free:loss_free",
+    "deepseek_v3": "himoe.presets.deepseek_v3:deepseek_v3",
 }
 GROUPED_PRESETS = frozenset({"hi_moe", "hi_moe_paper", "hi_moe_official", "moge"})
 TABLES = {

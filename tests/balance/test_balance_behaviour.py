@@ -58,7 +58,7 @@ def train(router: Router, steps: int = 200) -> float:
     return max_vio(router) / before
 
 
-OPTIONS = {"switch": {"weight": 0.3}, "loss_free": {"rate": 0.01}}
+OPTIONS = {"switch": {"weight": 0.3}, "sequence": {"weight": 0.3}, "loss_free": {"rate": 0.01}}
 
 
 def make(name: str) -> Balancer:

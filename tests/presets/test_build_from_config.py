@@ -153,6 +153,26 @@ def test_options_that_cannot_work(moe, text):
     assert "\n" not in str(caught.value)
 
 
+def test_a_balancer_beside_a_preset_counts_for_its_guard():
+    router(options={"alpha": 0.0}, balancers=[{"name": "loss_free"}])
+    router(options={"alpha": 0.001}, balancers=[{"name": "switch", "weight": 0.01}])
+    with pytest.raises(GuardError, match="without any load-balancing part"):
+        router(options={"alpha": 0.0}, balancers=[{"name": "z_loss"}])
+
+
+def test_a_warning_is_given_once_beside_extra_balancers():
+    with pytest.warns(HimoeWarning) as caught:
+        router(preset="hi_moe_official", balancers=[{"name": "z_loss"}])
+    assert len(caught) == 1
+
+
+def test_a_loss_free_rate_is_held_against_softmax_scores():
+    many = {"num_experts": 512, "selector": "top_k", "balancers": [{"name": "loss_free"}]}
+    with pytest.warns(HimoeWarning, match=r"rate = 0.001 is 0.512 times the mean softmax score 1/512"):
+        router(**many)
+    router(score="sigmoid", **many)
+
+
 def test_guards_look_at_the_whole_composition_and_force_overrides_them():
     with pytest.raises(
         GuardError, match=r"^moe.options of preset 'hi_moe': .*lambda_intra/alpha = 0.1/0.01 = 10 > 2.5"

@@ -18,7 +18,7 @@ KINDS = (*TABLES, "recipes")
 LINE = 80
 # Arguments that the configuration's other keys and the layer itself settle; the rest are an entry's options.
 SETTLED = {"dim", "hidden_dim", "num_experts", "num_groups", "groups", "top_k", "k",
-           "backend", "context", "force", "logits", "scores"}  # fmt: skip
+           "backend", "context", "extra", "force", "logits", "scores"}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,26 @@ def load_balance(routing: Routing, source: str = "corrected") -> Float[Tensor, "
     return routing.num_experts * (fractions * masked_mean(probabilities, mask)).sum()
 
 
+def sequence_load_balance(routing: Routing, source: str = "corrected") -> Float[Tensor, ""]:
+    """`load_balance` within each sequence, mean over sequences (DeepSeek-V2 and V3, arXiv 2412.19437).
+
+    Sequences run along the last dimension of the context's `batch_shape`; those without a real token do not count.
+    """
+    length, num_experts = max(routing.context.batch_shape[-1], 1), routing.num_experts
+    probabilities = log_probabilities(routing, source).exp()
+    mask = routing.context.mask
+    real = torch.ones_like(probabilities[:, 0]) if mask is None else mask.to(probabilities.dtype)
+    sequence = torch.arange(real.shape[0], device=real.device) // length
+    num_sequences = -(-real.shape[0] // length)
+    cell = sequence[:, None] * num_experts + routing.expert_ids
+    counts = count_pairs(cell, routing.selected, num_sequences * num_experts).view(num_sequences, num_experts)
+    fractions = counts.to(real.dtype) / counts.sum(-1, keepdim=True).clamp(min=1)
+    sums = probabilities.new_zeros(num_sequences, num_experts).index_add(0, sequence, probabilities * real[:, None])
+    tokens = real.new_zeros(num_sequences).index_add(0, sequence, real)
+    values = num_experts * (fractions * sums / tokens.clamp(min=1)[:, None]).sum(-1)
+    return values.sum() / (tokens > 0).sum().clamp(min=1)
+
+
 def z_loss(routing: Routing) -> Float[Tensor, ""]:
     """Mean of logsumexp(logits)² (ST-MoE, arXiv 2202.08906): keeps the gate's logits small."""
     return masked_mean(routing.logits.logsumexp(-1).square(), routing.context.mask)

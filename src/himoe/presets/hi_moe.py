@@ -51,6 +51,7 @@ def hi_moe(
     dual_rate: float = 1e-3,
     dual_maximum: float | None = None,
     z_loss: float = 0.0,
+    extra: Sequence[Balancer] = (),
     force: bool = False,
 ) -> Router:
     """Hi-MoE as recommended here: decisive inside each group, fair between groups, causal.
@@ -80,6 +81,7 @@ def hi_moe(
         dual_rate: η of the dual ascent.
         dual_maximum: λ_max of the dual ascent; default 2.5·alpha, the largest that the guards accept.
         z_loss: weight of the router z-loss.
+        extra: more balancers behind these; the guards count them.
         force: build what a guard would refuse.
 
     Raises:
@@ -108,8 +110,9 @@ def hi_moe(
     parts += [_scheduled(steered, schedule, schedule_steps), Switch(weight=alpha, source="raw")]
     if z_loss:
         parts.append(ZLoss(weight=z_loss))
+    parts += extra
     router = grouped_router(dim, partition, per_group, parts, renormalize=renormalize, expert_scale=expert_scale)
-    check_guards(router.balancer, top_k=sum(per_group), force=force)
+    check_guards(router.balancer, top_k=sum(per_group), score=router.score, force=force)
     return router
 
 
@@ -134,7 +137,8 @@ def _with_defaults_of_hi_moe(changed: dict[str, Any]) -> Callable[[F], F]:
     def decorate(preset: F) -> F:
         parameters = inspect.signature(hi_moe).parameters.values()
         preset.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [p.replace(default=changed.get(p.name, p.default)) for p in parameters], return_annotation=Router
+            [p.replace(default=changed[p.name]) if p.name in changed else p for p in parameters],
+            return_annotation=Router,
         )
         return preset
 

@@ -1,0 +1,48 @@
+"""DeepSeek-V3 (arXiv 2412.19437): sigmoid scores, experts from few groups, a selection bias, and a small loss."""
+
+from functools import partial
+
+from himoe.balance import Chain, LossFree, Sequence
+from himoe.functional.groups import Groups
+from himoe.functional.scores import sigmoid
+from himoe.functional.selection import top_k_in_best_groups
+from himoe.nn import Gate, Router
+
+
+def deepseek_v3(
+    dim: int,
+    num_experts: int,
+    top_k: int,
+    *,
+    num_groups: int = 8,
+    keep_groups: int | None = None,
+    rate: float = 1e-3,
+    freeze_after: int | None = None,
+    sequence_weight: float = 1e-4,
+    scaling_factor: float = 2.5,
+) -> Router:
+    """Top-k among the best groups by biased sigmoid scores; weights renormalised and scaled; loss-free balancing.
+
+    Args:
+        dim: D.
+        num_experts: E; 256 in the paper.
+        top_k: K; 8 in the paper.
+        num_groups: G equal contiguous groups; 8 in the paper.
+        keep_groups: groups that a token may use; half of them by default, 4 of 8 in the paper.
+        rate: how far the bias moves per optimizer step.
+        freeze_after: optimizer steps after which the bias stands still; 14.3 of 14.8 trillion tokens in the paper.
+        sequence_weight: weight of the load-balancing loss within each sequence.
+        scaling_factor: on all weights after their sum is made 1.
+    """
+    groups = Groups.equal(num_experts, num_groups)
+    selector = partial(top_k_in_best_groups, groups=groups, k=top_k, keep=keep_groups)
+    router = Router(
+        Gate(dim, num_experts),
+        selector,
+        num_experts=num_experts,
+        score=sigmoid,
+        balancer=Chain(LossFree(num_experts, rate=rate, freeze_after=freeze_after), Sequence(weight=sequence_weight)),
+        scaling_factor=scaling_factor,
+    )
+    assert router.top_k == top_k  # routes once, so that groups that do not fit are refused here
+    return router
