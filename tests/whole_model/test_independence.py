@@ -1,8 +1,8 @@
-"""TRAPS 12, 13, 14: earlier tokens ignore later ones, tokens ignore the batch, extremes stay finite."""
+"""Earlier tokens ignore later ones, tokens ignore the batch, extremes stay finite."""
 
 import pytest
 import torch
-from small_model import ALL, CAUSAL, E, capacity, make_model, make_router, optimizer_step, state_of, token_ids
+from router_zoo import ALL, CAUSAL, E, capacity, make_model, make_router, optimizer_step, state_of, token_ids
 
 import himoe
 from himoe import MoE, SwiGLUExperts, presets
@@ -34,20 +34,20 @@ def moved(name: str, **options):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", CAUSAL)
-def test_trap_12_later_tokens_never_change_earlier_logits(name, training):
+def test_later_tokens_never_change_earlier_logits(name, training):
     assert suffix_change(moved(name).train(training), rows=3) < 1e-12
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", CAUSAL)
-def test_trap_12_nor_do_they_take_their_places(name, training):
+def test_nor_do_they_take_their_places(name, training):
     model = moved(name, dispatcher=capacity()).train(training)
     assert suffix_change(model) < 1e-12
     _, routings = model(token_ids(1, 20))
     assert any(stats.drop_rate(routing) > 0 for routing in routings)
 
 
-def test_trap_12_what_is_not_causal_says_so():
+def test_what_is_not_causal_says_so():
     for name in ("hi_moe_paper", "hi_moe_official"):
         model = moved(name)
         for layer in himoe.moe_layers(model):
@@ -62,7 +62,7 @@ def test_trap_12_what_is_not_causal_says_so():
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-def test_trap_13_a_text_alone_equals_the_text_among_eight(name):
+def test_a_text_alone_equals_the_text_among_eight(name):
     model = make_model(name, dtype=torch.float32)
     ids = token_ids(8, 11)
     with torch.no_grad():
@@ -80,7 +80,7 @@ def finite(model) -> bool:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_trap_14_one_token_and_one_repeated_token(name):
+def test_one_token_and_one_repeated_token(name):
     for ids in (torch.zeros(1, 2, dtype=torch.int64), torch.full((3, 9), 5)):
         model = make_model(name, dtype=torch.float32)
         optimizer_step(model, ids)
@@ -92,7 +92,7 @@ def test_trap_14_one_token_and_one_repeated_token(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_trap_14_some_experts_get_all_tokens_and_the_others_none(name):
+def test_some_experts_get_all_tokens_and_the_others_none(name):
     layer = MoE(make_router(name), SwiGLUExperts(E, 8, 4))
     with torch.no_grad():
         layer.router.gate.weight.zero_()
@@ -110,7 +110,7 @@ def test_trap_14_some_experts_get_all_tokens_and_the_others_none(name):
             assert part.bias.sign().tolist() == [-1, 1] * (E // 2)
 
 
-def test_trap_14_every_token_takes_every_expert():
+def test_every_token_takes_every_expert():
     torch.manual_seed(0)
     for router in (
         presets.switch(8, E, E),
@@ -135,7 +135,7 @@ def test_trap_14_every_token_takes_every_expert():
             assert not router.balancer.bias.any()
 
 
-def test_trap_14_one_expert_in_all_is_a_dense_layer():
+def test_one_expert_in_all_is_a_dense_layer():
     torch.manual_seed(0)
     layer = MoE(presets.loss_free(8, 1, 1, renormalize=True), SwiGLUExperts(1, 8, 4))
     x = torch.randn(6, 8)
@@ -149,7 +149,7 @@ def test_trap_14_one_expert_in_all_is_a_dense_layer():
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_trap_14_nothing_but_padding(name):
+def test_nothing_but_padding(name):
     model = make_model(name, dtype=torch.float32)
     before = state_of(model)
     logits, routings = model(token_ids(1, 4), torch.zeros(1, 4, dtype=torch.bool))

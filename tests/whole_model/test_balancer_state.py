@@ -1,10 +1,10 @@
-"""TRAPS 6: balancer state in a whole model: when it moves, in what dtype, where it is saved, who owns it."""
+"""Balancer state in a whole model: when it moves, in what dtype, where it is saved, who owns it."""
 
 import copy
 
 import pytest
 import torch
-from small_model import ALL, E, G, everything, make_model, optimizer_step, same, state_of, token_ids
+from router_zoo import ALL, E, G, everything, make_model, optimizer_step, same, state_of, token_ids
 
 import himoe
 from himoe import MoE, Router, SwiGLUExperts
@@ -23,13 +23,13 @@ def trained(name: str = "everything", steps: int = 2, **options):
     return model
 
 
-def test_trap_6_the_model_with_everything_has_every_kind_of_state():
+def test_the_model_with_everything_has_every_kind_of_state():
     names = {name.rsplit(".", 1)[-1] for name in state_of(make_model("everything"))}
     assert names == STATE
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
-def test_trap_6_one_move_per_optimizer_step(micro_batches):
+def test_one_move_per_optimizer_step(micro_batches):
     model = make_model("everything")
     layer = himoe.moe_layers(model)[0].router.balancer
     optimizer_step(model, *[token_ids(seed=seed) for seed in range(micro_batches)])
@@ -39,7 +39,7 @@ def test_trap_6_one_move_per_optimizer_step(micro_batches):
     assert torch.isin((bias / 0.01).round(), torch.tensor([-1.0, 0.0, 1.0])).all() and bias.any()
 
 
-def test_trap_6_forward_backward_and_eval_move_nothing():
+def test_forward_backward_and_eval_move_nothing():
     model = trained()
     before = state_of(model)
     for _ in range(2):
@@ -57,7 +57,7 @@ def test_trap_6_forward_backward_and_eval_move_nothing():
     assert all(torch.equal(before[name], after[name]) for name in before if name not in schedules)
 
 
-def test_trap_6_validation_between_two_micro_batches_changes_nothing():
+def test_validation_between_two_micro_batches_changes_nothing():
     plain, disturbed = make_model("everything"), make_model("everything")
     for model in (plain, disturbed):
         for seed in range(2):
@@ -70,7 +70,7 @@ def test_trap_6_validation_between_two_micro_batches_changes_nothing():
     assert same(state_of(plain), state_of(disturbed))
 
 
-def test_trap_6_state_moves_in_place():
+def test_state_moves_in_place():
     model = make_model("everything")
     before, addresses = state_of(model), {name: b.data_ptr() for name, b in model.named_buffers()}
     optimizer_step(model, token_ids())
@@ -82,7 +82,7 @@ def test_trap_6_state_moves_in_place():
 @pytest.mark.parametrize(
     "cast", [lambda m: m.to(torch.bfloat16), lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.double()]
 )
-def test_trap_6_state_keeps_its_dtype_and_values_when_the_model_is_cast(cast):
+def test_state_keeps_its_dtype_and_values_when_the_model_is_cast(cast):
     model = trained(dtype=torch.float32)
     before = state_of(model)
     cast(model)
@@ -93,7 +93,7 @@ def test_trap_6_state_keeps_its_dtype_and_values_when_the_model_is_cast(cast):
     assert model.embedding.weight.dtype != torch.float32
 
 
-def test_trap_6_a_bf16_model_makes_fp32_moves():
+def test_a_bf16_model_makes_fp32_moves():
     model = trained(steps=3, dtype=torch.bfloat16)
     bias = himoe.moe_layers(model)[0].router.balancer.parts[-1].bias
     assert bias.dtype == torch.float32
@@ -102,7 +102,7 @@ def test_trap_6_a_bf16_model_makes_fp32_moves():
     assert (steps - steps.round()).abs().max() < 1e-5 and bias.any()
 
 
-def test_trap_6_counts_are_integers_and_sums_are_fp64():
+def test_counts_are_integers_and_sums_are_fp64():
     model = make_model("everything", dtype=torch.float32)
     _, routings = model(token_ids())
     himoe.observe(model, routings)
@@ -112,7 +112,7 @@ def test_trap_6_counts_are_integers_and_sums_are_fp64():
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_trap_6_state_is_saved_and_restored(name):
+def test_state_is_saved_and_restored(name):
     model = trained(name)
     restored = make_model(name, seed=5)
     restored.load_state_dict(copy.deepcopy(model.state_dict()))
@@ -122,7 +122,7 @@ def test_trap_6_state_is_saved_and_restored(name):
     assert same(model.state_dict(), restored.state_dict())
 
 
-def test_trap_6_accumulators_are_neither_buffers_nor_saved():
+def test_accumulators_are_neither_buffers_nor_saved():
     model = make_model("everything")
     before = set(model.state_dict())
     _, routings = model(token_ids())
@@ -132,7 +132,7 @@ def test_trap_6_accumulators_are_neither_buffers_nor_saved():
     assert {name.rsplit(".", 1)[-1] for name, _ in model.named_buffers()} == STATE
 
 
-def test_trap_6_state_never_stands_in_an_optimizer_group():
+def test_state_never_stands_in_an_optimizer_group():
     model = make_model("everything")
     owned = {id(p) for group in build_optimizer(model, 1e-3).param_groups for p in group["params"]}
     assert not owned & {id(buffer) for buffer in model.buffers()}
@@ -141,7 +141,7 @@ def test_trap_6_state_never_stands_in_an_optimizer_group():
     assert not any(buffer.requires_grad for buffer in model.buffers())
 
 
-def test_trap_6_a_model_built_on_the_meta_device_starts_where_any_other_does():
+def test_a_model_built_on_the_meta_device_starts_where_any_other_does():
     with torch.device("meta"):
         model = make_model("everything", dtype=torch.float32)
     model.to_empty(device="cpu")
@@ -153,7 +153,7 @@ def test_trap_6_a_model_built_on_the_meta_device_starts_where_any_other_does():
     assert torch.equal(scale, torch.ones(E))
 
 
-def test_trap_6_state_survives_a_copy_of_the_model():
+def test_state_survives_a_copy_of_the_model():
     model = trained()
     twin = copy.deepcopy(model)
     for one in (model, twin):
@@ -163,7 +163,7 @@ def test_trap_6_state_survives_a_copy_of_the_model():
     assert not same(state_of(model), state_of(twin))
 
 
-def test_trap_6_loads_of_micro_batches_add_up_exactly():
+def test_loads_of_micro_batches_add_up_exactly():
     """A layer's bias follows the counts of the whole step, whichever way it was cut."""
     torch.manual_seed(0)
     router = himoe.presets.hi_moe(8, E, G, num_groups=G)

@@ -1,8 +1,8 @@
-"""TRAPS 1: padding changes no loss term, count, bias, correction, capacity place or gradient; of a whole model."""
+"""Padding changes no loss term, count, bias, correction, capacity place or gradient; of a whole model."""
 
 import pytest
 import torch
-from small_model import ALL, V, capacity, loss_of, make_model, same, state_of, token_ids
+from router_zoo import ALL, V, capacity, loss_of, make_model, same, state_of, token_ids
 
 import himoe
 from himoe.functional import stats
@@ -26,7 +26,7 @@ def step_with(model, ids, mask):
 
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)
 @pytest.mark.parametrize("name", ALL)
-def test_trap_1_padding_changes_nothing(name, dispatcher):
+def test_padding_changes_nothing(name, dispatcher):
     ids = token_ids(2, 9)
     short = torch.ones(2, 9, dtype=torch.bool)
     short[1, 6:] = False  # the second text is shorter
@@ -46,7 +46,7 @@ def test_trap_1_padding_changes_nothing(name, dispatcher):
 
 
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)
-def test_trap_1_what_stands_in_the_padding_does_not_matter(dispatcher):
+def test_what_stands_in_the_padding_does_not_matter(dispatcher):
     mask = torch.arange(12).expand(2, -1) < torch.tensor([[9], [4]])
     outcomes = []
     for filler in (0, V - 1):
@@ -58,7 +58,7 @@ def test_trap_1_what_stands_in_the_padding_does_not_matter(dispatcher):
     assert same(grads, grads_p, 1e-12)
 
 
-def test_trap_1_a_text_that_ends_early_has_the_places_of_its_own_tokens():
+def test_a_text_that_ends_early_has_the_places_of_its_own_tokens():
     """Capacity counts real tokens: 8 of them among 20 leave as many places as 8 without padding."""
     moe = make_model("switch", dispatcher=capacity()).blocks[0].feed_forward
     x = torch.randn(20, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

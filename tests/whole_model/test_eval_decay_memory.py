@@ -1,9 +1,9 @@
-"""TRAPS 9, 10, 11: evaluation stays pure, scales and state never decay, statistics cost O(E)."""
+"""Evaluation stays pure, scales and state never decay, statistics cost O(E)."""
 
 import numpy as np
 import pytest
 import torch
-from small_model import ALL, V, everything, make_model, make_router, same, state_of, token_ids
+from router_zoo import ALL, V, everything, make_model, make_router, same, state_of, token_ids
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::himoe.errors.HimoeWarning")
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_trap_9_evaluation_loss_is_cross_entropy_and_moves_nothing(name):
+def test_evaluation_loss_is_cross_entropy_and_moves_nothing(name):
     model = make_model(name)
     for module in model.modules():
         if isinstance(module, Switch):
@@ -36,14 +36,14 @@ def test_trap_9_evaluation_loss_is_cross_entropy_and_moves_nothing(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_trap_9_eval_is_a_function_of_its_input(name):
+def test_eval_is_a_function_of_its_input(name):
     model = make_model(name).eval()
     with torch.no_grad():
         one, other = model(token_ids())[0], model(token_ids())[0]
     assert torch.equal(one, other)
 
 
-def test_trap_10_learned_scales_and_biases_get_no_weight_decay():
+def test_learned_scales_and_biases_get_no_weight_decay():
     model = make_model("everything", dtype=torch.float32)
     decayed, spared = decay_groups(model, 0.1)
     scales = [layer.router.expert_scale for layer in himoe.moe_layers(model)]
@@ -59,7 +59,7 @@ def test_trap_10_learned_scales_and_biases_get_no_weight_decay():
     assert himoe.moe_layers(model)[0].router.gate.weight.abs().max() < 1e-12  # 1 − 0.1·10: what decays is gone
 
 
-def test_trap_10_clipping_sees_scales_gates_and_experts_together():
+def test_clipping_sees_scales_gates_and_experts_together():
     model = make_model("everything")
     logits, routings = model(token_ids())
     (1e3 * logits.square().sum() + sum(himoe.aux_losses(model, routings).values())).backward()
@@ -85,7 +85,7 @@ class Largest(TorchDispatchMode):
 
 @torch.no_grad()
 @pytest.mark.parametrize("masked", [False, True])
-def test_trap_11_no_one_hot_over_tokens(masked):
+def test_no_one_hot_over_tokens(masked):
     tokens, num_experts, k = 512, 32, 8
     router = make_router("hi_moe", num_experts, k)
     router.balancer = everything(num_experts)
@@ -103,7 +103,7 @@ def test_trap_11_no_one_hot_over_tokens(masked):
 
 
 @torch.no_grad()
-def test_trap_11_what_is_kept_between_micro_batches_is_of_size_e():
+def test_what_is_kept_between_micro_batches_is_of_size_e():
     num_experts = 32
     router = make_router("hi_moe", num_experts, 4)
     router.balancer = everything(num_experts)

@@ -1,11 +1,11 @@
-"""TRAPS 3, 4, 5: losses per layer, their constants at perfect balance, and the gradient they give the gates."""
+"""Losses per layer, their constants at perfect balance, and the gradient they give the gates."""
 
 import math
 from functools import partial
 
 import pytest
 import torch
-from small_model import ALL, loss_of, make_model, token_ids
+from router_zoo import ALL, loss_of, make_model, token_ids
 from torch import nn
 
 import himoe
@@ -25,7 +25,7 @@ def free_layer(num_experts: int, k: int, balancer=None, score=scores.softmax, gr
     return MoE(router, lambda x, *_: x)
 
 
-def test_trap_3_layers_with_opposite_imbalance_never_cancel():
+def test_layers_with_opposite_imbalance_never_cancel():
     model = nn.ModuleList([free_layer(2, 1, Switch(weight=1.0)) for _ in range(2)])
     first, second = torch.tensor([[5.0, -5.0]] * 8), torch.tensor([[-5.0, 5.0]] * 8)
     routings = [model[0](first)[1], model[1](second)[1]]
@@ -47,7 +47,7 @@ def balanced_logits(num_experts: int, k: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("score", [scores.softmax, scores.sigmoid])
 @pytest.mark.parametrize("k", range(1, 7))
-def test_trap_4_switch_is_alpha_at_perfect_balance_for_every_k_and_score(k, score):
+def test_switch_is_alpha_at_perfect_balance_for_every_k_and_score(k, score):
     routing = free_layer(6, k, score=score)(balanced_logits(6, k))[1]
     for source in ("raw", "corrected"):
         value = Switch(weight=0.3, source=source).losses(routing)["load_balance"].item()
@@ -72,7 +72,7 @@ UNIFORM_INTER = {
 
 @pytest.mark.parametrize("score", [scores.softmax, scores.sigmoid])
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_trap_4_two_level_terms_and_z_loss_have_their_constants_at_uniform_probabilities(k, score):
+def test_two_level_terms_and_z_loss_have_their_constants_at_uniform_probabilities(k, score):
     groups = Groups.equal(E, G)
     routing = free_layer(E, k, score=score, groups=groups)(torch.zeros(5, E, dtype=torch.float64))[1]
     for source in ("raw", "corrected"):
@@ -84,7 +84,7 @@ def test_trap_4_two_level_terms_and_z_loss_have_their_constants_at_uniform_proba
     assert ZLoss(weight=1.0).losses(routing)["z_loss"].item() == pytest.approx(math.log(E) ** 2)
 
 
-def test_trap_4_no_epsilon_lets_a_term_fall_below_its_minimum():
+def test_no_epsilon_lets_a_term_fall_below_its_minimum():
     """Terms of a perfectly even group mass, or perfectly even experts, never undercut their bound."""
     groups = Groups.equal(E, G)
     for scale in (0.0, 1e-3, 1.0, 20.0):
@@ -99,7 +99,7 @@ def test_trap_4_no_epsilon_lets_a_term_fall_below_its_minimum():
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != "loss_free"])
-def test_trap_5_auxiliary_terms_alone_train_every_gate(name):
+def test_auxiliary_terms_alone_train_every_gate(name):
     model = make_model(name)
     _, routings = loss_of(model, token_ids())
     himoe.observe(model, routings)
@@ -111,7 +111,7 @@ def test_trap_5_auxiliary_terms_alone_train_every_gate(name):
         assert all(grad.isfinite().all() and grad.abs().max() > 1e-8 for grad in grads)
 
 
-def test_trap_5_the_gradient_of_a_layer_is_linear_in_its_coefficients():
+def test_the_gradient_of_a_layer_is_linear_in_its_coefficients():
     grads = []
     for factor in (1.0, 4.0):
         layer = free_layer(E, 1, groups=Groups.equal(E, G))

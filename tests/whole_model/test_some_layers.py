@@ -1,8 +1,8 @@
-"""TRAPS 8: experts in only some layers, balancing in only some of them; layers are found by type."""
+"""Experts in only some layers, balancing in only some of them; layers are found by type."""
 
 import pytest
 import torch
-from small_model import E, loss_of, make_model, make_router, optimizer_step, state_of, token_ids
+from router_zoo import E, loss_of, make_model, make_router, optimizer_step, state_of, token_ids
 from torch import nn
 
 import himoe
@@ -12,7 +12,7 @@ D = 8
 
 
 @pytest.mark.parametrize("layers", [(), (0,), (1,), (0, 1)])
-def test_trap_8_any_layers_may_have_experts(layers):
+def test_any_layers_may_have_experts(layers):
     model = make_model("everything", layers=layers)
     loss, routings = loss_of(model, token_ids())
     loss.backward()
@@ -22,7 +22,7 @@ def test_trap_8_any_layers_may_have_experts(layers):
     assert bool(state_of(model)) == bool(layers)
 
 
-def test_trap_8_balancing_may_be_off_in_some_layers():
+def test_balancing_may_be_off_in_some_layers():
     both, one = make_model("everything"), make_model("everything")
     himoe.moe_layers(one)[0].router.balancer = Balancer()
     loss_of(one, token_ids())[0].backward()
@@ -53,7 +53,7 @@ class Somebody(nn.Module):
         return y
 
 
-def test_trap_8_layers_are_found_by_type_whatever_their_names():
+def test_layers_are_found_by_type_whatever_their_names():
     model = Somebody()
     assert himoe.moe_layers(model) == [model.stuff["mlp"][0].moe, model.x1]
     with himoe.collect_routings(model) as routings:

@@ -1,10 +1,10 @@
-"""TRAPS 7: activation recompute of a whole model: routing, counts, gradients and state stay, near ties included."""
+"""Activation recompute of a whole model: routing, counts, gradients and state stay, near ties included."""
 
 from functools import partial
 
 import pytest
 import torch
-from small_model import ALL, E, loss_of, make_model, same, state_of, token_ids
+from router_zoo import ALL, E, loss_of, make_model, same, state_of, token_ids
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -33,7 +33,7 @@ def routed(model, ids) -> list:
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("name", ALL)
-def test_trap_7_plain_recompute_repeats_the_routing_and_changes_nothing(name, ties):
+def test_plain_recompute_repeats_the_routing_and_changes_nothing(name, ties):
     outcomes = []
     for again in (False, True):
         model = make_model(name, dtype=torch.float32)
@@ -76,7 +76,7 @@ def save_routing(context, operator, *arguments, **options):
 
 
 @pytest.mark.parametrize("name", ["hi_moe", "moge", "switch", "loss_free"])
-def test_trap_7_saved_routing_survives_recompute_where_near_ties_would_flip(name):
+def test_saved_routing_survives_recompute_where_near_ties_would_flip(name):
     """Selective checkpointing that must-saves topk keeps the choices; recomputed topk would flip every one of them."""
     for options, flips in (
         ({}, True),

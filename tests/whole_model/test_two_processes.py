@@ -1,4 +1,4 @@
-"""TRAPS 2, 5, 6, 14 on two gloo processes: two ranks with one micro-batch each are one process with both."""
+"""Two ranks with one micro-batch each are one process with both (gloo)."""
 
 import os
 from datetime import timedelta
@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from small_model import E, G, everything, same, state_of
+from router_zoo import E, G, everything, same, state_of
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -103,7 +103,7 @@ def ranks(tmp_path_factory) -> list[dict]:
     return [torch.load(f"{folder}/rank{rank}.pt") for rank in range(RANKS)]
 
 
-def test_trap_2_two_ranks_are_one_process_with_both_micro_batches(ranks):
+def test_two_ranks_are_one_process_with_both_micro_batches(ranks):
     expected = plain_steps([0, 1])
     for rank in ranks:
         assert len(rank["steps"]) == len(STEPS)
@@ -115,13 +115,13 @@ def test_trap_2_two_ranks_are_one_process_with_both_micro_batches(ranks):
         assert found.abs().max() > 1e-3, name
 
 
-def test_trap_6_state_is_identical_on_all_ranks(ranks):
+def test_state_is_identical_on_all_ranks(ranks):
     for one, other in zip(ranks[0]["steps"], ranks[1]["steps"], strict=True):
         assert same(one, other)
     assert same(ranks[0]["wrapped"]["state"], ranks[1]["wrapped"]["state"])
 
 
-def test_trap_6_ddp_broadcasts_no_rank_local_sum(ranks):
+def test_ddp_broadcasts_no_rank_local_sum(ranks):
     toy = Toy()
     for rank in range(RANKS):
         assert ranks[rank]["wrapped"]["untouched"]
@@ -136,7 +136,7 @@ def test_trap_6_ddp_broadcasts_no_rank_local_sum(ranks):
     assert same(state_of(toy), ranks[0]["wrapped"]["state"], 1e-7)
 
 
-def test_trap_5_data_parallel_averages_the_auxiliary_gradient(ranks):
+def test_data_parallel_averages_the_auxiliary_gradient(ranks):
     toy = Toy()
     for rank in range(RANKS):
         for micro in range(2):
