@@ -16,7 +16,15 @@ from himoe import registry
 from himoe.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
-TORCH_FREE = ["himoe", "himoe.config", "himoe.report", "himoe.registry", "himoe.errors"]
+TORCH_FREE = [
+    "himoe",
+    "himoe.config",
+    "himoe.data",
+    "himoe.report",
+    "himoe.run_folder",
+    "himoe.registry",
+    "himoe.errors",
+]
 
 
 def modules():
