@@ -44,8 +44,8 @@ version."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 for bad input, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # Waiting threads sleep instead of spinning: where other work shares the cores, spinning costs a factor of 50.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Waiting threads soon sleep instead of spinning on: spinning makes a machine that other work shares crawl.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     debug = "--debug" in arguments
     with warnings.catch_warnings():
         _show_our_warnings_in_one_line()
