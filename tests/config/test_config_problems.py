@@ -27,6 +27,12 @@ ONE_PROBLEM = [
     # types and ranges
     (["train.steps=1e3"], "train.steps = 1000.0: must be a whole number"),
     (["train.steps=true"], "train.steps = true: must be a whole number"),
+    (["train.steps=2147483648"], "train.steps = 2147483648: must be ≤ 2147483647"),
+    ([f"model.dim={10**30}"], "must be ≤ 2147483647"),
+    ([f"moe.shared_dim={10**30}"], "must be ≤ 2147483647"),
+    (["data.vocab_size=2147483648"], "must be ≤ 2147483647"),
+    (["data.eval_tokens=2147483648"], "must be ≤ 2147483647"),
+    (["train.threads=1025"], "train.threads = 1025: must be ≤ 1024"),
     (["train.steps=-1"], "train.steps = -1: must be ≥ 1"),
     (["train.learning_rate=fast"], 'train.learning_rate = "fast": must be a number'),
     (["train.learning_rate=-0.1"], "must be > 0"),

@@ -6,7 +6,7 @@ import annotated_types as bounds
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from himoe.config.schema import Config
+from himoe.config.schema import LARGEST, Config
 from himoe.config.toml import format_value
 
 PLAIN_TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "none"}
@@ -49,7 +49,8 @@ def _limit(item: Any) -> str:
     for kind, sign in ((bounds.Ge, "≥"), (bounds.Gt, ">"), (bounds.Le, "≤"), (bounds.Lt, "<")):
         if isinstance(item, kind):
             limit = getattr(item, kind.__name__.lower())
-            return f"{sign} {'2⁶³' if limit == 2**63 else limit}"
+            if limit != LARGEST:  # that one holds for every count; the page says it once
+                return f"{sign} {'2⁶³' if limit == 2**63 else limit}"
     return ""
 
 

@@ -146,7 +146,8 @@ def _top_k_in_every_group(
 
 @rule("moe.groups", "moe.num_experts")
 def _groups_hold_every_expert(groups: list[list[int]] | None, num_experts: int) -> str | None:
-    if groups is None or sorted(expert for group in groups for expert in group) == list(range(num_experts)):
+    listed = sorted(expert for group in groups or [] for expert in group)
+    if groups is None or (len(listed) == num_experts and listed == list(range(num_experts))):
         return None
     return f"must hold each expert from 0 to {num_experts - 1} exactly once (moe.num_experts = {num_experts})"
 
@@ -185,9 +186,9 @@ def _top_k_per_group_fits(
 ) -> str | None:
     if each is None:
         return None
+    if len(each) != (number := len(groups) if groups else num_groups):
+        return f"must have one entry for each of the {number} groups"
     sizes = [len(group) for group in groups] if groups else [num_experts // num_groups] * num_groups
-    if len(each) != len(sizes):
-        return f"must have one entry for each of the {len(sizes)} groups"
     if any(k > size for k, size in zip(each, sizes, strict=True)):
         return f"must be ≤ the sizes of the groups ({', '.join(map(str, sizes))})"
     if sum(each) != top_k:

@@ -32,7 +32,10 @@ def _entry_of(table: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-Count = Annotated[int, Field(ge=1)]
+LARGEST = 2**31 - 1  # of every count: far beyond what runs, small enough for every library below
+MAX_THREADS = 1024
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+CountOrZero = Annotated[int, Field(ge=0, le=LARGEST)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -51,7 +54,7 @@ class DataConfig(BaseModel):
         default="bpe", description="`bpe` is trained on the training part; `byte` reads the UTF-8 bytes as they are"
     )
     vocab_size: int = Field(
-        default=4096, ge=258, description="Entries of the `bpe` vocabulary; `byte` has its own fixed size"
+        default=4096, ge=258, le=LARGEST, description="Entries of the `bpe` vocabulary; `byte` has its own fixed size"
     )
     held_out: float = Field(
         default=0.05,
@@ -62,6 +65,7 @@ class DataConfig(BaseModel):
     eval_tokens: int | None = Field(
         default=None,
         ge=1,
+        le=LARGEST,
         description="Tokens of each domain that an evaluation during training reads; "
         "the final one reads all. None: always all",
     )
@@ -72,11 +76,11 @@ class ModelConfig(BaseModel):
 
     model_config = STRICT
 
-    dim: int = Field(ge=1, description="Width of the residual stream")
-    num_layers: int = Field(ge=1, description="Decoder layers, each attention and a feed-forward part")
-    num_heads: int = Field(ge=1, description="Query heads; divides `model.dim` into heads of even width")
-    num_kv_heads: int = Field(ge=1, description="Key and value heads; divides `model.num_heads`")
-    ffn_dim: int = Field(ge=1, description="Hidden width of the layers that are not mixture-of-experts layers")
+    dim: Count = Field(description="Width of the residual stream")
+    num_layers: Count = Field(description="Decoder layers, each attention and a feed-forward part")
+    num_heads: Count = Field(description="Query heads; divides `model.dim` into heads of even width")
+    num_kv_heads: Count = Field(description="Key and value heads; divides `model.num_heads`")
+    ffn_dim: Count = Field(description="Hidden width of the layers that are not mixture-of-experts layers")
     tie_embeddings: bool = Field(default=True, description="Use the input embedding as the output head too")
     rope_theta: float = Field(default=10000.0, gt=0, description="Base of the rotary position embedding")
     qk_norm: bool = Field(default=True, description="Normalise queries and keys of each head")
@@ -100,27 +104,27 @@ class MoEConfig(BaseModel):
 
     model_config = STRICT
 
-    every: int = Field(
-        default=1, ge=0, description="Layer i has experts if (i + 1) is a multiple of this. 0: no layer has"
+    every: CountOrZero = Field(
+        default=1, description="Layer i has experts if (i + 1) is a multiple of this. 0: no layer has"
     )
     layers: list[int] | None = Field(
         default=None, description="Indices of the layers that have experts, from 0; replaces `moe.every`"
     )
-    num_experts: int = Field(ge=1, description="Routed experts of a layer, E")
-    num_groups: int = Field(
-        default=1, ge=1, description="Groups of experts, G; equal and contiguous unless `moe.groups` is given"
+    num_experts: Count = Field(description="Routed experts of a layer, E")
+    num_groups: Count = Field(
+        default=1, description="Groups of experts, G; equal and contiguous unless `moe.groups` is given"
     )
     groups: list[Annotated[list[int], Field(min_length=1)]] | None = Field(
         default=None,
         description="The experts of each group, where groups are unequal; every expert stands in exactly one",
     )
-    top_k: int = Field(ge=1, description="Experts of each token, K, over all groups")
+    top_k: Count = Field(description="Experts of each token, K, over all groups")
     top_k_per_group: list[Count] | None = Field(
         default=None, description="Experts of each token in each group, where they differ; they sum to `moe.top_k`"
     )
-    expert_dim: int = Field(ge=1, description="Hidden width of one routed expert, F")
-    shared_dim: int = Field(
-        default=0, ge=0, description="Hidden width of the shared expert that every token passes. 0: none"
+    expert_dim: Count = Field(description="Hidden width of one routed expert, F")
+    shared_dim: CountOrZero = Field(
+        default=0, description="Hidden width of the shared expert that every token passes. 0: none"
     )
     experts: Annotated[str, _entry_of("experts")] = Field(
         default="swiglu", description="Kind of expert (`himoe list experts`)"
@@ -146,7 +150,8 @@ class MoEConfig(BaseModel):
     )
     renormalize: bool | None = Field(
         default=None,
-        description="Divide the weights of a token's experts by their sum. None: as the preset has it, else true",
+        description="Divide the weights of a token's experts by their sum. None: as the preset has it, "
+        "else true where `moe.top_k` is above 1, since a single weight would always be 1",
     )
     capacity_factor: float | None = Field(
         default=None,
@@ -172,17 +177,19 @@ class TrainConfig(BaseModel):
 
     model_config = STRICT
 
-    steps: int = Field(ge=1, description="Optimizer steps")
-    batch_size: int = Field(ge=1, description="Sequences of an optimizer step")
-    accumulate: int = Field(
-        default=1, ge=1, description="Micro-batches that a step's sequences are split into, to save memory"
+    steps: Count = Field(description="Optimizer steps")
+    batch_size: Count = Field(description="Sequences of an optimizer step")
+    accumulate: Count = Field(
+        default=1, description="Micro-batches that a step's sequences are split into, to save memory"
     )
-    seq_len: int = Field(ge=1, description="Tokens of a sequence")
+    seq_len: Count = Field(description="Tokens of a sequence")
     learning_rate: float = Field(gt=0, description="Highest learning rate, reached after the warm-up")
     min_learning_rate_ratio: float = Field(
         default=0.1, ge=0, le=1, description="Learning rate at the end, as a share of the highest"
     )
-    warmup_steps: int = Field(default=0, ge=0, description="Steps over which the learning rate rises in a line from 0")
+    warmup_steps: CountOrZero = Field(
+        default=0, description="Steps over which the learning rate rises in a line from 0"
+    )
     schedule: Literal["cosine", "wsd"] = Field(
         default="cosine",
         description="Learning rate after the warm-up: a cosine, or constant with a linear decay at the end",
@@ -198,13 +205,15 @@ class TrainConfig(BaseModel):
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="`bf16`: autocast, with fp32 weights and routing"
     )
-    log_every: int = Field(default=10, ge=1, description="Steps between lines of `metrics.jsonl` and `load.jsonl`")
-    eval_every: int = Field(default=100, ge=1, description="Steps between evaluations; the last step always evaluates")
-    checkpoint_every: int = Field(
-        default=100, ge=1, description="Steps between checkpoints; the last step always saves one"
+    log_every: Count = Field(default=10, description="Steps between lines of `metrics.jsonl` and `load.jsonl`")
+    eval_every: Count = Field(default=100, description="Steps between evaluations; the last step always evaluates")
+    checkpoint_every: Count = Field(
+        default=100, description="Steps between checkpoints; the last step always saves one"
     )
-    keep_checkpoints: int = Field(default=2, ge=1, description="Checkpoints that stay on the disk, the newest")
-    threads: int | None = Field(default=None, ge=1, description="CPU threads. None: what PyTorch chooses")
+    keep_checkpoints: Count = Field(default=2, description="Checkpoints that stay on the disk, the newest")
+    threads: int | None = Field(
+        default=None, ge=1, le=MAX_THREADS, description="CPU threads. None: what PyTorch chooses"
+    )
 
 
 class Config(BaseModel):
