@@ -12,7 +12,7 @@ from himoe.errors import ConfigError, nearest
 BALANCERS = {
     "logit_correction": "himoe.balance.logit_correction:LogitCorrection",
     "two_level": "himoe.balance.two_level:TwoLevelTerms",
-    "sequence": "himoe.balance.sequence:Sequence",
+    "sequence": "himoe.balance.sequence:SequenceBalance",
     "switch": "himoe.balance.switch:Switch",
     "z_loss": "himoe.balance.z_loss:ZLoss",
     "loss_free": "himoe.balance.loss_free:LossFree",

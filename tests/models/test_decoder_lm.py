@@ -231,7 +231,7 @@ def test_sizes_that_cannot_work_are_named(options, message):
 
 
 def test_a_mask_of_another_shape_is_named():
-    with pytest.raises(ConfigError, match=r"mask has shape \(2, 3\), x needs \(2, 4\)"):
+    with pytest.raises(ConfigError, match=r"mask has shape \(2, 3\), token_ids \(2, 4\)"):
         make_lm()(token_ids(2, 4), torch.ones(2, 3, dtype=torch.bool))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from himoe import MoE, SwiGLUExperts, observe, presets, step
-from himoe.balance import LossFree, Sequence
+from himoe.balance import LossFree, SequenceBalance
 from himoe.build import build_model
 from himoe.config import load_config
 from himoe.errors import ConfigError
@@ -57,7 +57,7 @@ def test_composition():
     bias, loss = router.balancer.parts
     assert isinstance(bias, LossFree)
     assert bias.rate == 1e-3
-    assert isinstance(loss, Sequence)
+    assert isinstance(loss, SequenceBalance)
     assert loss.weight == 1e-4
     routing = router(torch.randn(9, 8))
     torch.testing.assert_close(routing.weights.sum(-1), torch.full((9,), 2.5))
@@ -77,7 +77,7 @@ def test_the_sequence_loss_by_hand():
     # Probabilities 3/4, 1/4: sequence one sends both tokens to expert 0, sequence two one to each.
     a, b = torch.tensor([3.0, 1.0]).log(), torch.tensor([1.0, 3.0]).log()
     routing = route(torch.stack([a, a, a, b]), batch_shape=(2, 2))
-    value = Sequence(weight=1.0).losses(routing)["sequence_balance"]
+    value = SequenceBalance(weight=1.0).losses(routing)["sequence_balance"]
     # E·Σ f P: 2·(1·3/4) = 1.5, and 2·(1/2·1/2 + 1/2·1/2) = 1.
     assert value.item() == pytest.approx((1.5 + 1) / 2)
 
@@ -86,7 +86,7 @@ def test_the_sequence_loss_leaves_padding_and_padded_sequences_out():
     a, b = torch.tensor([3.0, 1.0]).log(), torch.tensor([1.0, 3.0]).log()
     tokens = torch.stack([a, a, b, a, b, b])
     mask = torch.tensor([True, True, False, False, False, False])
-    value = Sequence(weight=1.0).losses(route(tokens, batch_shape=(2, 3), mask=mask))["sequence_balance"]
+    value = SequenceBalance(weight=1.0).losses(route(tokens, batch_shape=(2, 3), mask=mask))["sequence_balance"]
     assert value.item() == pytest.approx(1.5)
 
 
@@ -102,7 +102,7 @@ def test_the_sequence_loss_of_one_sequence_is_the_switch_loss_and_gradient():
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_the_sequence_loss_conforms(score):
-    check_balancer(lambda: Sequence(weight=0.1), score=score)
+    check_balancer(lambda: SequenceBalance(weight=0.1), score=score)
 
 
 def test_a_frozen_bias_stands_still():

@@ -6,7 +6,7 @@ from himoe.balance.dual_ascent import DualAscent
 from himoe.balance.logit_correction import LogitCorrection
 from himoe.balance.loss_free import LossFree
 from himoe.balance.schedule import Schedule
-from himoe.balance.sequence import Sequence
+from himoe.balance.sequence import SequenceBalance
 from himoe.balance.switch import Switch
 from himoe.balance.two_level import TwoLevelTerms
 from himoe.balance.z_loss import ZLoss
@@ -18,7 +18,7 @@ __all__ = [
     "LogitCorrection",
     "LossFree",
     "Schedule",
-    "Sequence",
+    "SequenceBalance",
     "Switch",
     "TwoLevelTerms",
     "ZLoss",

@@ -9,7 +9,7 @@ Because only `observe` and `step` write, a forward pass can be recomputed, compi
 """
 
 from collections.abc import Iterable
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,7 @@ class Balancer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.sums: dict[str, Tensor] = {}
+        self.register_load_state_dict_pre_hook(_restore_dtypes)
 
     def adjust_logits(self, logits: Float[Tensor, "T E"], context: RouterContext) -> Float[Tensor, "T E"]:  # noqa: ARG002
         """Change logits before the score function: moves the choice and the weights."""
@@ -72,6 +73,13 @@ class Balancer(nn.Module):
             if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(moved.device)
         return self
+
+
+def _restore_dtypes(balancer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give saved state the dtype it has here, also where the checkpoint was cast as a whole."""
+    for name, buffer in balancer._buffers.items():
+        if buffer is not None and isinstance(saved := state_dict.get(prefix + name), Tensor):
+            state_dict[prefix + name] = saved.to(buffer.dtype)
 
 
 @torch.no_grad()

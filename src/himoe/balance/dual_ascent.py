@@ -72,7 +72,7 @@ class DualAscent(Balancer):
         self.epsilon_intra, self.epsilon_inter, self.rate, self.maximum = epsilon_intra, epsilon_inter, rate, maximum
         self._check_feasible()
         self._start = (float(terms.lambda_intra), float(terms.lambda_inter))
-        self.register_buffer("multipliers", torch.tensor(self._start))
+        self.register_buffer("multipliers", torch.tensor(self._start, dtype=torch.float32))
 
     def _check_feasible(self) -> None:
         intra, inter, groups = self.terms.intra, self.terms.inter, self.terms.groups

@@ -48,7 +48,7 @@ class LogitCorrection(Balancer):
             raise ConfigError(f"logit_correction: beta = {beta} must be in [0, 1), temperature = {temperature} above 0")
         self.tau, self.beta, self.temperature, self.mean_from = tau, beta, temperature, mean_from
         self.causal = mean_from == "previous"
-        self.register_buffer("mean_logits", torch.zeros(num_experts))
+        self.register_buffer("mean_logits", torch.zeros(num_experts, dtype=torch.float32))
 
     def reset_parameters(self) -> None:
         """Start from a mean of 0."""

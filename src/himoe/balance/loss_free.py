@@ -55,11 +55,14 @@ class LossFree(Balancer):
         super().__init__()
         if update not in ("sign", "proportional", "rms"):
             raise ConfigError(f"loss_free: update = {update!r} must be sign, proportional or rms")
-        if rate < 0:
-            raise ConfigError(f"loss_free: rate = {rate} must be ≥ 0")
+        if not 0 <= rate < float("inf"):
+            raise ConfigError(f"loss_free: rate = {rate} must be ≥ 0 and finite")
+        if freeze_after is not None and freeze_after < 0:
+            raise ConfigError(f"loss_free: freeze_after = {freeze_after} must be ≥ 0")
         self.rate, self.update, self.centred, self.multiplicative = rate, update, centred, multiplicative
         self.freeze_after = freeze_after
-        self.register_buffer("bias", torch.full((num_experts,), float(multiplicative)))
+        start = torch.full((num_experts,), float(multiplicative), dtype=torch.float32)
+        self.register_buffer("bias", start)
         if freeze_after is not None:
             self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
 

@@ -15,7 +15,7 @@ from himoe.functional.losses import sequence_load_balance
 from himoe.types import Routing
 
 
-class Sequence(Balancer):
+class SequenceBalance(Balancer):
     """Add `sequence_balance`, weight times the mean over sequences of E·Σ_i f_i P_i.
 
     Args:

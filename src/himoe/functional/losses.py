@@ -63,16 +63,18 @@ def sequence_load_balance(routing: Routing, source: str = "corrected") -> Float[
 
     Sequences run along the last dimension of the context's `batch_shape`; those without a real token do not count.
     """
-    length, num_experts = max(routing.context.batch_shape[-1], 1), routing.num_experts
+    shape, mask, num_experts = routing.context.batch_shape, routing.context.mask, routing.num_experts
+    length = max(shape[-1], 1) if shape else 1
     probabilities = log_probabilities(routing, source).exp()
-    mask = routing.context.mask
+    if mask is not None:
+        probabilities = probabilities.where(mask[:, None], 0)
     real = torch.ones_like(probabilities[:, 0]) if mask is None else mask.to(probabilities.dtype)
     sequence = torch.arange(real.shape[0], device=real.device) // length
     num_sequences = -(-real.shape[0] // length)
     cell = sequence[:, None] * num_experts + routing.expert_ids
     counts = count_pairs(cell, routing.selected, num_sequences * num_experts).view(num_sequences, num_experts)
     fractions = counts.to(real.dtype) / counts.sum(-1, keepdim=True).clamp(min=1)
-    sums = probabilities.new_zeros(num_sequences, num_experts).index_add(0, sequence, probabilities * real[:, None])
+    sums = probabilities.new_zeros(num_sequences, num_experts).index_add(0, sequence, probabilities)
     tokens = real.new_zeros(num_sequences).index_add(0, sequence, real)
     values = num_experts * (fractions * sums / tokens.clamp(min=1)[:, None]).sum(-1)
     return values.sum() / (tokens > 0).sum().clamp(min=1)

@@ -47,7 +47,8 @@ def expert_mlp(
     _check_shapes(x, up_proj, down_proj, activation)
     _check_pairs(x, expert_ids, weights, kept)
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if casts and x.dtype != torch.float64:  # autocast leaves fp64 alone everywhere
         dtype = torch.get_autocast_dtype(device)
         x, up_proj, down_proj = x.to(dtype), up_proj.to(dtype), down_proj.to(dtype)
     chosen = choose_backend(backend, x, up_proj, down_proj)

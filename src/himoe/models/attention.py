@@ -1,7 +1,7 @@
 """Causal self-attention with grouped queries, rotary positions and normalised queries and keys."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,8 +33,8 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
 
-    def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
-        """Attend to the positions up to each one's own."""
+    def forward(self, x: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"] | None = None) -> Float[Tensor, "B S D"]:
+        """Attend to the real positions up to each one's own; `mask` is True for real tokens."""
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         query, key, value = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         cos, sin = rotary_angles(x.shape[1], self.head_dim, self.rope_theta, x.device)
@@ -42,8 +42,17 @@ class Attention(nn.Module):
         query = rotate(self.q_norm(query.to(x.dtype)), cos, sin).to(value.dtype)
         key = rotate(self.k_norm(key.to(x.dtype)), cos, sin).to(value.dtype)
         grouped = self.num_kv_heads < self.num_heads
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+        seen = None if mask is None else visible(mask)
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=seen, is_causal=mask is None, enable_gqa=grouped
+        )
         return self.out_proj(mixed.transpose(1, 2).flatten(-2))
+
+
+def visible(mask: Bool[Tensor, "B S"]) -> Bool[Tensor, "B 1 S S"]:
+    """Return which positions each one sees: real ones up to its own, and itself, so that no row of padding is empty."""
+    itself = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
+    return ((mask[:, None, :] | itself).tril())[:, None]
 
 
 def rotary_angles(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,7 @@ class Block(nn.Module):
         self, x: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"] | None, token_ids: Int[Tensor, "B S"]
     ) -> tuple[Float[Tensor, "B S D"], Routing | None]:
         """Return the new residual stream and the routing, None for a dense layer."""
-        x = x + self.attention(self.attention_norm(x))
+        x = x + self.attention(self.attention_norm(x), mask)
         normed = self.feed_forward_norm(x)
         if isinstance(self.feed_forward, MoE):
             y, routing = self.feed_forward(normed, mask, token_ids=token_ids)
@@ -112,11 +112,13 @@ class DecoderLM(nn.Module):
 
         Args:
             token_ids: (B, S).
-            mask: (B, S) True for real tokens. Padding must stand behind the text: causal attention then never sees it.
+            mask: (B, S) True for real tokens; padding, before or behind the text, is neither attended to nor routed.
 
         Returns:
             logits (B, S, V), and one `Routing` per MoE layer, in layer order.
         """
+        if mask is not None and mask.shape != token_ids.shape:
+            raise ConfigError(f"DecoderLM: mask has shape {tuple(mask.shape)}, token_ids {tuple(token_ids.shape)}")
         x = self.embedding(token_ids)
         routings: list[Routing] = []
         for block in self.blocks:

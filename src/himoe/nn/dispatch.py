@@ -32,7 +32,8 @@ class Capacity(nn.Module):
     """Give every expert a limited number of places and drop the pairs that find none.
 
     places = floor(K·factor·T/E), T the real tokens, rounded up to `multiple`, at least 1. Weights are not renormalised
-    after a drop.
+    after a drop. Places grow with the number of tokens in the call, so a longer text or a larger batch drops other
+    pairs: compare held-out losses at one length and batch size only.
 
     Args:
         factor: 1 is the fair share; drops vanish as it grows.

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from himoe.balance import Chain, LossFree, Sequence
+from himoe.balance import Chain, LossFree, SequenceBalance
 from himoe.functional.groups import Groups
 from himoe.functional.scores import sigmoid
 from himoe.functional.selection import top_k_in_best_groups
@@ -32,7 +32,7 @@ def deepseek_v3(
         rate: how far the bias moves per optimizer step.
         freeze_after: optimizer steps after which the bias stands still; 14.3 of 14.8 trillion tokens in the paper.
         sequence_weight: weight of the load-balancing loss within each sequence.
-        scaling_factor: on all weights after their sum is made 1.
+        scaling_factor: on all weights, after their sum is made 1 where K > 1.
     """
     groups = Groups.equal(num_experts, num_groups)
     selector = partial(top_k_in_best_groups, groups=groups, k=top_k, keep=keep_groups)
@@ -41,7 +41,10 @@ def deepseek_v3(
         selector,
         num_experts=num_experts,
         score=sigmoid,
-        balancer=Chain(LossFree(num_experts, rate=rate, freeze_after=freeze_after), Sequence(weight=sequence_weight)),
+        balancer=Chain(
+            LossFree(num_experts, rate=rate, freeze_after=freeze_after), SequenceBalance(weight=sequence_weight)
+        ),
+        renormalize=top_k > 1,
         scaling_factor=scaling_factor,
     )
     assert router.top_k == top_k  # routes once, so that groups that do not fit are refused here

@@ -53,15 +53,18 @@ def grouped_router(
     per_group: tuple[int, ...],
     balancers: Sequence[Balancer],
     *,
-    renormalize: bool = True,
+    renormalize: bool | None = None,
     expert_scale: bool = False,
 ) -> Router:
-    """Return a softmax router that takes k' experts of every group."""
+    """Return a softmax router that takes k' experts of every group.
+
+    At K = 1 a renormalised weight is 1 and the gate learns nothing from the task, so None renormalises for K > 1 only.
+    """
     return Router(
         Gate(dim, partition.num_experts),
         partial(top_k_per_group, groups=partition, k=per_group),
         num_experts=partition.num_experts,
         balancer=Chain(*balancers),
-        renormalize=renormalize,
+        renormalize=sum(per_group) > 1 if renormalize is None else renormalize,
         expert_scale=expert_scale,
     )

@@ -62,7 +62,7 @@ def _warn_of_one_group(terms: TwoLevelTerms, top_k: int) -> None:
 def _refuse_collapse(terms: TwoLevelTerms, balancer: Balancer, force: bool) -> None:
     parts = [m for m in balancer.modules() if isinstance(m, Balancer)]
     alpha = sum(part.weight for part in parts if isinstance(part, Switch))
-    if any(part.balances_load and not isinstance(part, Switch) for part in parts):
+    if any(isinstance(part, LossFree) and part.rate > 0 for part in parts):
         return
     # Dual ascent may raise λ_intra up to its maximum.
     reachable = [part.maximum for part in parts if isinstance(part, DualAscent) and part.terms is terms]

@@ -42,7 +42,7 @@ def hi_moe(
     tau: float = 0.01,
     beta: float = 0.9,
     temperature: float = 1.0,
-    renormalize: bool = True,
+    renormalize: bool | None = None,
     expert_scale: bool = False,
     schedule: str = "joint",
     schedule_steps: int = 0,
@@ -72,7 +72,7 @@ def hi_moe(
         tau: strength of the correction.
         beta: decay of the mean logits.
         temperature: divides the corrected logits.
-        renormalize: divide each token's weights by their sum.
+        renormalize: divide each token's weights by their sum; by default for K > 1.
         expert_scale: learned factor per expert.
         schedule: `joint`, `warmup` (intra rises linearly over `schedule_steps`) or `two_stage` (no intra until then).
         schedule_steps: optimizer steps of the first part.
@@ -105,7 +105,7 @@ def hi_moe(
         maximum = MAX_RATIO * alpha if dual_maximum is None else dual_maximum
         bounds = {"epsilon_intra": epsilon_intra, "epsilon_inter": epsilon_inter}
         steered = DualAscent(terms, **bounds, rate=dual_rate, maximum=maximum)
-    elif epsilon_intra is not None or epsilon_inter is not None:
+    elif (epsilon_intra, epsilon_inter, dual_maximum) != (None, None, None):
         raise ConfigError("hi_moe: dual ascent needs both epsilon_intra and epsilon_inter")
     parts += [_scheduled(steered, schedule, schedule_steps), Switch(weight=alpha, source="raw")]
     if z_loss:
@@ -117,13 +117,13 @@ def hi_moe(
 
 
 def _scheduled(terms: Balancer, schedule: str, steps: int) -> Balancer:
-    if schedule == "joint":
-        return terms
-    if schedule not in ("warmup", "two_stage"):
+    if schedule not in ("joint", "warmup", "two_stage"):
         raise ConfigError(f"hi_moe: schedule = {schedule!r} must be joint, warmup or two_stage")
-    if steps < 1:
+    if schedule == "joint" and steps:
+        raise ConfigError(f"hi_moe: schedule_steps = {steps} needs schedule = 'warmup' or 'two_stage'")
+    if schedule != "joint" and steps < 1:
         raise ConfigError(f"hi_moe: schedule = {schedule!r} needs schedule_steps ≥ 1, the steps of its first part")
-    return Schedule(terms, schedule, steps=steps, only=("intra",))
+    return terms if schedule == "joint" else Schedule(terms, schedule, steps=steps, only=("intra",))
 
 
 PUBLISHED = {"lambda_intra": 0.1, "lambda_inter": 0.05, "intra": "global", "correction": "same_batch"}

@@ -15,7 +15,7 @@ def moge(
     num_groups: int | None = None,
     groups: GroupList | None = None,
     alpha: float | None = None,
-    renormalize: bool = True,
+    renormalize: bool | None = None,
 ) -> Router:
     """Mixture of grouped experts: one softmax, top-k' inside every group, and the load-balancing loss.
 
@@ -27,7 +27,7 @@ def moge(
         groups: explicit expert ids of every group, instead of `num_groups`.
         alpha: weight of the load-balancing loss with f summing to 1; default K·0.01, which is the 0.01 that the
             Hi-MoE paper gives its MoGE baseline with f summing to K.
-        renormalize: divide each token's weights by their sum.
+        renormalize: divide each token's weights by their sum; by default for K > 1.
     """
     partition, per_group = resolve_groups(num_experts, top_k, num_groups, groups)
     weight = sum(per_group) * 0.01 if alpha is None else alpha
