@@ -1,6 +1,7 @@
 """From the configuration to the model: names become objects, and every option is checked against its constructor."""
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -85,13 +86,20 @@ def build_router(moe: MoEConfig, dim: int) -> Router:
             HimoeWarning,
             stacklevel=2,
         )
+    if moe.renormalize and moe.top_k == 1:
+        warnings.warn(
+            "moe.renormalize = true with moe.top_k = 1: every weight is 1, so the gate learns nothing from the task; "
+            "leave it out, or raise moe.top_k",
+            HimoeWarning,
+            stacklevel=2,
+        )
     return Router(
         Gate(dim, moe.num_experts),
         _build_selector(moe.selector, moe),
         num_experts=moe.num_experts,
         score=score,
         balancer=balancer,
-        renormalize=moe.renormalize is not False,
+        renormalize=moe.top_k > 1 if moe.renormalize is None else moe.renormalize,
     )
 
 
@@ -156,6 +164,8 @@ def _call(function: Callable[..., Any], where: str, options: dict[str, Any], giv
             )
         if kind := _other_kind(value, parameters[name].annotation):
             raise ConfigError(f"{where}: {name} = {value!r} must be {kind}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{where}: {name} = {value!r} must be a finite number")
     try:
         return function(**given, **options)
     except ConfigError as error:

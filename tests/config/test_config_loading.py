@@ -27,8 +27,8 @@ def test_defaults_then_recipe_then_file_then_set(tmp_path):
 
 
 def test_a_file_that_names_no_recipe_lies_over_the_default_one(tmp_path):
-    config = load_config(write(tmp_path / "my first.toml", "[train]\nsteps = 50\n"))
-    assert config == load_config(sets=["train.steps=50", "name=my-first"])
+    config = load_config(write(tmp_path / "my first.toml", "[train]\nsteps = 70\n"))
+    assert config == load_config(sets=["train.steps=70", "name=my-first"])
 
 
 @pytest.mark.parametrize(

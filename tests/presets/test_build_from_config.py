@@ -62,6 +62,17 @@ def test_weights_are_renormalised_as_the_preset_has_it_unless_the_configuration_
         assert router(preset="switch", top_k=1, renormalize=renormalize).renormalize is bool(renormalize)
 
 
+def test_a_single_weight_is_renormalised_only_where_asked_for_and_then_with_a_warning():
+    spelled = {"selector": "top_k", "top_k": 1, "balancers": [{"name": "switch"}]}
+    built = router(**spelled)
+    built(torch.randn(5, DIM)).weights.sum().backward()
+    assert built.gate.weight.grad.abs().max() > 1e-3
+    assert not router(renormalize=False, **spelled).renormalize
+    with pytest.warns(HimoeWarning, match=r"moe.renormalize = true with moe.top_k = 1: every weight is 1, so the gate"):
+        assert router(renormalize=True, **spelled).renormalize
+    assert router(renormalize=True, **spelled | {"top_k": 2}).renormalize
+
+
 def test_a_router_spelled_out():
     built = router(
         selector="top_k",
@@ -137,6 +148,11 @@ def test_a_readers_own_class_and_function():
         (
             {"balancers": [{"name": "z_loss", "weight": "big"}]},
             r"^moe.balancers\[0\] 'z_loss': weight = 'big' must be a number$",
+        ),
+        ({"preset": "loss_free", "options": {"rate": float("nan")}}, "'loss_free': rate = nan must be a finite number$"),
+        (
+            {"balancers": [{"name": "z_loss", "weight": -float("inf")}]},
+            r"^moe.balancers\[0\] 'z_loss': weight = -inf must be a finite number$",
         ),
         (
             {"balancers": [{"name": "loss_free", "update": "adam"}]},
