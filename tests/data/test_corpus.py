@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from himoe.data import BPETokenizer, Corpus, cache_folder, prepare
+from himoe.data import corpus as corpus_module
 from himoe.data.sources import read_source
 from himoe.errors import ConfigError, DataError
 
@@ -126,6 +127,22 @@ def test_a_damaged_cache_is_prepared_again(two_domains, spec, name, damage):
         file.write_bytes(before[name][:-3] + (b"" if damage == "truncate" else b"xyz"))
     assert prepare(two_domains, **spec).hash == intact.hash
     assert contents(intact.folder) == before
+
+
+def test_of_two_processes_at_the_same_text_the_second_takes_what_the_first_made(two_domains, spec, monkeypatch):
+    quicker, build = [], corpus_module._build
+
+    def overtaken(*arguments):
+        monkeypatch.setattr("himoe.data.corpus._build", build)
+        quicker.append(prepare(two_domains, **spec))
+        (quicker[0].folder / "ngrams.json").write_text("in use", encoding="utf-8")
+        build(*arguments)
+
+    monkeypatch.setattr("himoe.data.corpus._build", overtaken)
+    slower = prepare(two_domains, **spec)
+    assert slower.hash == quicker[0].hash and slower.folder == quicker[0].folder
+    assert (slower.folder / "ngrams.json").read_text(encoding="utf-8") == "in use"
+    assert [path.name for path in slower.folder.parent.iterdir()] == [slower.folder.name]
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):

@@ -6,10 +6,10 @@ only when it is complete, a damaged one is made again, and all of it may be dele
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
@@ -89,7 +89,7 @@ def prepare(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as partial:
             _build(Path(partial, "corpus"), parts, how, report)
-            _publish(Path(partial, "corpus"), folder)
+            _publish(Path(partial, "corpus"), folder, lambda: _open(folder, source, how))
         return _open(folder, source, how)
     except OSError as error:
         raise DataError(
@@ -191,8 +191,18 @@ def _batches(documents: list[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _publish(built: Path, folder: Path) -> None:
-    """Move a complete folder to its name, in place of a damaged one or of one that another process just finished."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    built.rename(folder)
+def _publish(built: Path, folder: Path, check: Callable[[], object]) -> None:
+    """Move a complete folder to its name, unless another process was quicker; a damaged one there makes way.
+
+    `check` raises DataError where `folder` is damaged.
+    """
+    try:
+        built.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        try:
+            check()
+        except DataError:
+            folder.rename(built.with_name("damaged"))  # goes with the temporary folder
+            built.rename(folder)
