@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from fake_run import EXPERTS, LAYERS, fake_run, write_lines
 
@@ -79,6 +81,14 @@ def test_a_torn_last_line_leaves_no_empty_bin(run):
     history = load_history(RunFolder.open(run))
     assert history.edges[-1] == 290
     assert len(history.layers[0].ratio) == len(history.ends) == 29
+
+
+def test_lines_written_since_they_were_counted_wait_for_the_next_report(run):
+    folder = RunFolder.open(run)
+    assert folder.num_load_lines == 30
+    with (run / "load.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 310, "layers": [layer([1] * EXPERTS)]}) + "\n")
+    assert load_history(folder).edges[-1] == 300
 
 
 def test_a_dense_model_has_no_history(run):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 from himoe.report.read import RunFolder, number
@@ -114,7 +114,7 @@ def load_history(run: RunFolder) -> LoadHistory:
     edges: list[float] = [0.0]
     layers: dict[int, _Bins] = {}
     per_bin = 1
-    for i, line in enumerate(run.load_lines()):
+    for i, line in enumerate(islice(run.load_lines(), run.num_load_lines)):  # a live run has written more since
         if not layers:
             cells = sum(len(layer["load"]) for layer in line["layers"]) or 1
             per_bin = -(-run.num_load_lines // max(1, min(MAX_LOAD_BINS, MAX_LOAD_CELLS // cells)))
