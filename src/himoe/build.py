@@ -3,7 +3,7 @@
 import inspect
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import NoneType, UnionType
 from typing import Any, get_args
@@ -22,6 +22,7 @@ from himoe.nn import Capacity, Dropless, Gate, MoE, Router, SwiGLU
 from himoe.presets import check_guards
 
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text in quotes"}
+LONGEST_REASON = 200
 
 
 def build_model(config: Config, vocab_size: int) -> DecoderLM:
@@ -64,12 +65,17 @@ def build_model(config: Config, vocab_size: int) -> DecoderLM:
 
 def build_moe(moe: MoEConfig, dim: int) -> MoE:
     """Build one MoE layer of width `dim`."""
-    experts = registry.load("experts", moe.experts)(moe.num_experts, dim, moe.expert_dim, backend=moe.backend)
+    kind, where = registry.load("experts", moe.experts), f"moe.experts {moe.experts!r}"
+    experts = _construct(kind, where, moe.num_experts, dim, moe.expert_dim, backend=moe.backend)
+    _check_type(experts, nn.Module, where)
     dispatcher = Dropless()
     if moe.capacity_factor is not None:
         dispatcher = Capacity(moe.capacity_factor, order=moe.capacity_order)
     shared = SwiGLU(dim, moe.shared_dim) if moe.shared_dim else None
-    return MoE(build_router(moe, dim), experts, dispatcher=dispatcher, shared_expert=shared)
+    layer = MoE(build_router(moe, dim), experts, dispatcher=dispatcher, shared_expert=shared)
+    if ":" in moe.experts:
+        _try_out(layer, where, dim)
+    return layer
 
 
 def build_router(moe: MoEConfig, dim: int) -> Router:
@@ -93,7 +99,7 @@ def build_router(moe: MoEConfig, dim: int) -> Router:
             HimoeWarning,
             stacklevel=2,
         )
-    return Router(
+    router = Router(
         Gate(dim, moe.num_experts),
         _build_selector(moe.selector, moe),
         num_experts=moe.num_experts,
@@ -101,12 +107,16 @@ def build_router(moe: MoEConfig, dim: int) -> Router:
         balancer=balancer,
         renormalize=moe.top_k > 1 if moe.renormalize is None else moe.renormalize,
     )
+    parts = {"moe.score": moe.score, "moe.selector": moe.selector}
+    if own := [f"{key} {name!r}" for key, name in parts.items() if ":" in name]:
+        _try_out(router, " with ".join(own), dim)
+    return router
 
 
 def _build_preset(moe: MoEConfig, dim: int, extra: list[Balancer]) -> Router:
     assert moe.preset is not None
     preset = registry.load("presets", moe.preset)
-    accepted = _parameters(preset)
+    accepted = _parameters(preset, f"moe.preset {moe.preset!r}")
     given: dict[str, Any] = {"dim": dim, "num_experts": moe.num_experts, "top_k": moe.top_k}
     if "groups" in accepted:
         given |= {"groups": moe.groups, "num_groups": None if moe.groups else moe.num_groups}
@@ -116,6 +126,7 @@ def _build_preset(moe: MoEConfig, dim: int, extra: list[Balancer]) -> Router:
     given |= {name: value for name, value in (("force", moe.force), ("extra", extra)) if name in accepted}
     options = ({} if moe.renormalize is None else {"renormalize": moe.renormalize}) | moe.options
     router = _call(preset, f"moe.options of preset {moe.preset!r}", options, given)
+    _check_type(router, Router, f"moe.preset {moe.preset!r}")
     if extra and "extra" not in accepted:
         router.balancer = Chain(router.balancer, *extra)
         check_guards(router.balancer, top_k=moe.top_k, score=router.score, force=moe.force)
@@ -123,19 +134,21 @@ def _build_preset(moe: MoEConfig, dim: int, extra: list[Balancer]) -> Router:
 
 
 def _build_balancer(index: int, name: str, options: dict[str, Any], moe: MoEConfig) -> Balancer:
-    balancer = registry.load("balancers", name)
-    accepted = _parameters(balancer)
+    balancer, where = registry.load("balancers", name), f"moe.balancers[{index}] {name!r}"
+    accepted = _parameters(balancer, where)
     given: dict[str, Any] = {}
     if "num_experts" in accepted:
         given["num_experts"] = moe.num_experts
     if "groups" in accepted:
         given["groups"] = _groups(moe)
-    return _call(balancer, f"moe.balancers[{index}] {name!r}", options, given)
+    built = _call(balancer, where, options, given)
+    _check_type(built, Balancer, where)
+    return built
 
 
 def _build_selector(name: str, moe: MoEConfig) -> Callable[..., Any]:
     selector = registry.load("selectors", name)
-    if "groups" not in _parameters(selector):
+    if "groups" not in _parameters(selector, f"moe.selector {name!r}"):
         return partial(selector, k=moe.top_k)
     groups = _groups(moe)
     if name not in registry.GROUPED_SELECTORS:
@@ -148,13 +161,16 @@ def _groups(moe: MoEConfig) -> Groups:
     return Groups.of(moe.groups or moe.num_groups, moe.num_experts)
 
 
-def _parameters(function: Callable[..., Any]) -> list[str]:
-    return list(inspect.signature(function).parameters)
+def _parameters(function: Any, where: str) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError) as error:  # it cannot be called, or is written in C and names no parameters
+        raise ConfigError(f"{where}: must be a function or class whose parameters have names") from error
 
 
 def _call(function: Callable[..., Any], where: str, options: dict[str, Any], given: dict[str, Any]) -> Any:
     """Call `function` with what the layer gives and the user's options, after checking their names and kinds."""
-    parameters = inspect.signature(function).parameters
+    parameters = _parameters(function, where)
     allowed = [name for name in parameters if name not in given]
     for name, value in options.items():
         if name not in allowed:
@@ -166,12 +182,37 @@ def _call(function: Callable[..., Any], where: str, options: dict[str, Any], giv
             raise ConfigError(f"{where}: {name} = {value!r} must be {kind}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{where}: {name} = {value!r} must be a finite number")
+    return _construct(function, where, **given, **options)
+
+
+def _construct(function: Callable[..., Any], where: str, *arguments: Any, **options: Any) -> Any:
     try:
-        return function(**given, **options)
+        return function(*arguments, **options)
     except ConfigError as error:
         raise type(error)(f"{where}: {error}") from error
-    except TypeError as error:
-        raise ConfigError(f"{where}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {_in_one_line(error)}") from error
+
+
+def _check_type(built: Any, kind: type, where: str) -> None:
+    if not isinstance(built, kind):
+        raise ConfigError(f"{where}: gives a {type(built).__name__}, must give a {kind.__module__}.{kind.__name__}")
+
+
+@torch.no_grad()
+def _try_out(module: nn.Module, where: str, dim: int) -> None:
+    """Send one zero token through a reader's own part, in eval mode and without moving the random numbers."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            module.eval()(torch.zeros(1, dim))
+    except Exception as error:  # somebody else's code may raise anything
+        raise ConfigError(f"{where}: fails on one token: {_in_one_line(error)}") from error
+    module.train()
+
+
+def _in_one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 1]}…"
 
 
 def _other_kind(value: Any, annotation: Any) -> str:

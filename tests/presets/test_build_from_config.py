@@ -1,5 +1,6 @@
 """From configuration to router and model: presets with options, routers spelled out, extra balancers, errors."""
 
+import sys
 import warnings
 
 import pytest
@@ -149,7 +150,10 @@ def test_a_readers_own_class_and_function():
             {"balancers": [{"name": "z_loss", "weight": "big"}]},
             r"^moe.balancers\[0\] 'z_loss': weight = 'big' must be a number$",
         ),
-        ({"preset": "loss_free", "options": {"rate": float("nan")}}, "'loss_free': rate = nan must be a finite number$"),
+        (
+            {"preset": "loss_free", "options": {"rate": float("nan")}},
+            "'loss_free': rate = nan must be a finite number$",
+        ),
         (
             {"balancers": [{"name": "z_loss", "weight": -float("inf")}]},
             r"^moe.balancers\[0\] 'z_loss': weight = -inf must be a finite number$",
@@ -167,6 +171,56 @@ def test_options_that_cannot_work(moe, text):
     with pytest.raises(ConfigError, match=text) as caught:
         router(**moe)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("moe", "text"),
+    [
+        ({"experts": "math:pi"}, "^moe.experts 'math:pi': 'float' object is not callable$"),
+        ({"experts": "json:dumps"}, "^moe.experts 'json:dumps': .*positional argument"),
+        ({"experts": "torch.nn:Identity"}, "^moe.experts 'torch.nn:Identity': fails on one token: "),
+        ({"experts": "builtins:complex"}, "^moe.experts 'builtins:complex': "),
+        (
+            {"experts": "unittest.mock:Mock"},
+            "^moe.experts .*: gives a Mock, must give a torch.nn.modules.module.Module$",
+        ),
+        ({"selector": "math:pi"}, "^moe.selector 'math:pi': must be a function or class whose parameters have names$"),
+        ({"selector": "torch:topk"}, "^moe.selector 'torch:topk': must be a function or class"),
+        ({"selector": "json:dumps"}, "^moe.selector 'json:dumps': fails on one token: "),
+        ({"selector": "top_k", "score": "math:pi"}, "^moe.score 'math:pi': fails on one token: 'float' object is not"),
+        ({"selector": "top_k", "score": "math:sin"}, "^moe.score 'math:sin': fails on one token: "),
+        ({"preset": "math:pi"}, "^moe.preset 'math:pi': must be a function or class"),
+        ({"balancers": [{"name": "math:pi"}]}, r"^moe.balancers\[0\] 'math:pi': must be a function or class"),
+        (
+            {"balancers": [{"name": "torch.nn:Identity"}]},
+            r"^moe.balancers\[0\] .*: gives a Identity, must give a himoe.",
+        ),
+    ],
+)
+def test_a_readers_own_part_that_does_not_fit_is_one_line(moe, text):
+    extra = {} if "balancers" in moe else {"balancers": [{"name": "switch"}]}
+    with pytest.raises(ConfigError, match=text) as caught:
+        build_model(config(**moe, **extra), 300)
+    assert "\n" not in str(caught.value)
+
+
+def noisy(logits):
+    return (logits + torch.rand_like(logits)).softmax(-1)
+
+
+def test_a_readers_own_part_is_tried_out_without_a_trace(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reader", sys.modules[__name__])
+    table = {"experts": "swiglu", "selector": "top_k", "score": "softmax", "balancers": [{"name": "loss_free"}]}
+    own = table | {
+        "experts": "himoe.nn.experts:SwiGLUExperts",
+        "selector": "himoe.functional.selection:top_k",
+        "score": "reader:noisy",
+    }
+    one, other = build_model(config(**table), 300), build_model(config(**own), 300)
+    assert all(module.training for module in other.modules())
+    for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert moe_layers(other)[0].router.score is noisy
 
 
 def test_a_balancer_beside_a_preset_counts_for_its_guard():
