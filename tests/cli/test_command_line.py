@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 import himoe
 from himoe.cli import VERBS, main
@@ -139,6 +140,8 @@ def test_debug_adds_the_traceback(capsys, arguments):
             "himoe: no space left on the disk: runs/x; free",
         ),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "himoe: Permission denied: /x\n"),
+        (MemoryError(), 2, "himoe: not enough memory for this model: make its sizes or train.seq_len smaller"),
+        (RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB"), 2, "himoe: not enough memory for this model: "),
     ],
 )
 def test_what_the_system_raises_becomes_one_line(capsys, monkeypatch, raised, status, text):
@@ -152,12 +155,19 @@ def test_what_the_system_raises_becomes_one_line(capsys, monkeypatch, raised, st
     assert err.count("\n") == 1
 
 
-def test_a_fault_of_our_own_is_not_hidden(monkeypatch):
+@pytest.mark.parametrize("shape", [(2**20, 2**25), (2**31 - 1, 2**31 - 1)])
+def test_a_model_beyond_all_memory_is_one_line(capsys, monkeypatch, shape):
+    monkeypatch.setattr(VERBS["list"], "run", lambda self, command: torch.empty(shape))
+    assert failure(capsys, "list").startswith("not enough memory for this model: ")
+
+
+@pytest.mark.parametrize("fault", [AssertionError("broken invariant"), RuntimeError("shapes do not match")])
+def test_a_fault_of_our_own_is_not_hidden(monkeypatch, fault):
     def fail(self, command):
-        raise AssertionError("broken invariant")
+        raise fault
 
     monkeypatch.setattr(VERBS["list"], "run", fail)
-    with pytest.raises(AssertionError, match="broken invariant"):
+    with pytest.raises(type(fault), match=str(fault)):
         main(["list"])
 
 

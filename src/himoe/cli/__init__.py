@@ -22,6 +22,9 @@ from himoe.errors import ConfigError, HimoeError, HimoeWarning, nearest
 
 VERBS = {"train": Train, "eval": Eval, "report": Report, "list": List}
 
+ALLOCATION_FAILED = ("can't allocate memory", "not enough memory", "out of memory", "storage size calculation overflow")
+LESS_MEMORY = "make its sizes or train.seq_len smaller, or raise train.accumulate (docs/configuration.md)"
+
 HELP = """\
 usage: himoe VERB [arguments]
 
@@ -62,6 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         except OSError as error:
             return _fail(_describe(error), 2, debug)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_lack_of_memory(error):
+                raise
+            return _fail(f"not enough memory for this model: {LESS_MEMORY}", 2, debug)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -101,6 +108,12 @@ def _describe(error: OSError) -> str:
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
         return f"no space left on the disk{where}; free some and try again (training goes on with --resume)"
     return f"{error.strerror or error}{where}"
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Tell a failed allocation from other runtime errors; PyTorch has a type of its own for it on a GPU only."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in text for words in ALLOCATION_FAILED)
 
 
 def _show_our_warnings_in_one_line() -> None:
