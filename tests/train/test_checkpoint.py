@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -173,6 +174,47 @@ def test_damage_is_named_and_an_older_one_is_found(tmp_path, damage, words):
     damage(old)
     with pytest.raises(CheckpointError, match="no older one is whole"):
         newest_whole(tmp_path)
+
+
+def sign(path, name):
+    """Write the size and hash that a changed file has now into state.json."""
+    state = json.loads((path / "state.json").read_text())
+    content = (path / name).read_bytes()
+    state["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (path / "state.json").write_text(json.dumps(state))
+
+
+def test_a_file_of_no_tensors_is_a_damaged_checkpoint(tmp_path):
+    path = save_plain(tmp_path, 1)
+    (path / "model.safetensors").write_bytes(b"no tensors")
+    sign(path, "model.safetensors")
+    with pytest.raises(CheckpointError, match="its tensors cannot be read"):
+        load_checkpoint(path)
+
+
+def test_a_checkpoint_of_another_step_than_its_name_says_is_refused(tmp_path):
+    path = save_plain(tmp_path, 7).rename(tmp_path / "step-00000009")
+    with pytest.raises(CheckpointError, match=r"step-00000009 is damaged: its state\.json is of step 7"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("key", ["tokens", "seconds", "step_seconds", "threads", "config", "data_hash"])
+def test_a_state_without_what_a_run_needs_is_refused(tmp_path, key):
+    path = save_trainer(make_trainer(), tmp_path)
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({**state, key: None}))
+    with pytest.raises(CheckpointError, match=rf"damaged: state\.json holds no valid {key}"):
+        restore(make_trainer(), path, CONFIG, "abc")
+
+
+@pytest.mark.parametrize("moment", ["exp_avg", "exp_avg_sq"])
+def test_moments_of_another_shape_are_refused(tmp_path, moment):
+    trainer = make_trainer()
+    trainer.step()
+    trainer.optimizer.state[trainer.model.norm.weight][moment] = torch.zeros(7)
+    path = save_trainer(trainer, tmp_path)
+    with pytest.raises(CheckpointError, match=rf"optimizer/norm\.weight/{moment} is \(7,\), its parameter \(16,\)"):
+        restore(make_trainer(), path, CONFIG, "abc")
 
 
 def test_a_damaged_checkpoint_is_replaced_when_training_passes_it_again(tmp_path):

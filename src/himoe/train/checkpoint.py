@@ -116,10 +116,12 @@ def read_state(path: Path) -> dict[str, Any]:
         complete = state["format"] == FORMAT and set(files) == set(TENSOR_FILES) and isinstance(state["step"], int)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is not a checkpoint: it has no state.json") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: state.json cannot be read ({error})") from None
     if not complete:
         raise CheckpointError(f"checkpoint {path} has a form that this version does not read (format {FORMAT})")
+    if path.name != f"step-{state['step']:08}":
+        raise CheckpointError(f"checkpoint {path} is damaged: its state.json is of step {state['step']}")
     for name, (size, digest) in files.items():
         file = path / name
         if not file.is_file():
@@ -137,7 +139,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises CheckpointError for a missing or damaged file.
     """
     state = read_state(path)
-    model, trainer = (load_file(path / name) for name in TENSOR_FILES)
+    try:
+        model, trainer = (load_file(path / name) for name in TENSOR_FILES)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: its tensors cannot be read ({error})") from error
     return Checkpoint(path, model, trainer, state)
 
 

@@ -32,6 +32,16 @@ FREE_KEYS = {
     "train.threads",
 }
 
+# What `save` records beside the step.
+STATE = {
+    "tokens": int,
+    "seconds": int | float,
+    "step_seconds": int | float,
+    "threads": int,
+    "config": Mapping,
+    "data_hash": str,
+}
+
 
 def save(
     trainer: Trainer, folder: Path, *, seconds: float, config: Mapping[str, Any], data_hash: str, keep: int
@@ -85,15 +95,22 @@ def restore(trainer: Trainer, path: Path, config: Mapping[str, Any], data_hash: 
     Raises CheckpointError when it is damaged, of another run, or does not fit the model.
     """
     checkpoint = load_checkpoint(path)
+    _check_state(path, checkpoint.state)
     check_same_run(path, checkpoint.state, config, data_hash)
     load_model_tensors(trainer.model, checkpoint.model, path)
     try:
         _load_trainer_tensors(trainer, checkpoint.trainer)
         trainer.steps_done, trainer.tokens_done = checkpoint.state["step"], checkpoint.state["tokens"]
         trainer.step_seconds = checkpoint.state["step_seconds"]
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} does not fit this version's trainer: {error}") from error
     return checkpoint.state
+
+
+def _check_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless everything that `save` recorded is there."""
+    if wrong := [key for key, kind in STATE.items() if not isinstance(state.get(key), kind)]:
+        raise CheckpointError(f"checkpoint {path} is damaged: state.json holds no valid {', '.join(wrong)}")
 
 
 def rewind_logs(folder: Path, step: int, last_step: int) -> None:
@@ -145,7 +162,10 @@ def _load_optimizer_tensors(trainer: Trainer, tensors: Mapping[str, Tensor]) -> 
     trainer.optimizer.state.clear()
     for name, value in tensors.items():
         owner, _, key = name.rpartition("/")
-        trainer.optimizer.state[parameters[owner]][key] = value.to(parameters[owner].device)
+        parameter = parameters[owner]
+        if value.ndim and value.shape != parameter.shape:  # the step count has no dimensions
+            raise ValueError(f"optimizer/{name} is {tuple(value.shape)}, its parameter {tuple(parameter.shape)}")
+        trainer.optimizer.state[parameter][key] = value.to(parameter.device)
 
 
 def _random_tensors() -> dict[str, Tensor]:
