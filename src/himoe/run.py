@@ -4,6 +4,7 @@ Nothing is written before the configuration, the text and the model are known to
 described in docs/run-folder.md, training itself in docs/training.md.
 """
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,17 +55,23 @@ def train(
     ended the run at a checkpoint.
     """
     console = console or Console(stderr=True)
-    run_folder.check_run_folder(out, resume=resume, force=force)
-    checkpoint = _newest_checkpoint(out, console) if resume else None
-    set_threads(config)
-    corpus = load_corpus(config, console)
-    run = _Run(config, corpus, _build_trainer(config, corpus), out, console)
-    if checkpoint:
-        run.resume(checkpoint)
-    env = run.environment(command, resume=resume)
-    with run_folder.readable_disk_errors(out):
-        if not resume:
+    with ExitStack() as stack:
+        if stands := out.is_dir():
+            stack.enter_context(run_folder.locked(out))
+        run_folder.check_run_folder(out, resume=resume, force=force)
+        checkpoint = _newest_checkpoint(out, console) if resume else None
+        set_threads(config)
+        corpus = load_corpus(config, console)
+        run = _Run(config, corpus, _build_trainer(config, corpus), out, console)
+        if checkpoint:
+            run.resume(checkpoint)
+        env = run.environment(command, resume=resume)
+        stack.enter_context(run_folder.readable_disk_errors(out))
+        if not stands:
             out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(run_folder.locked(out))
+            run_folder.check_run_folder(out, force=force)  # again: another process may have been quicker
+        if not resume:
             run_folder.clear_run_folder(out)
         return run.go(env)
 
@@ -91,7 +98,7 @@ class _Run:
         """Return env.json; a resumed run adds to the one that it has."""
         path = self.out / "env.json"
         if resume and path.exists():
-            env = run_folder.read_json(path)
+            env = run_folder.read_env(self.out)
             restart = {"command": command, "started": now(), "step": self.trainer.steps_done}
             return {**env, "resumed": [*env.get("resumed", []), restart]}
         return {
@@ -104,7 +111,8 @@ class _Run:
     def go(self, env: dict[str, Any]) -> dict[str, Any]:
         run_folder.write_json(self.out / "config.json", self.config.model_dump(mode="json"))
         run_folder.write_json(self.out / "env.json", env)
-        self.corpus.tokenizer.save(self.out / "tokenizer.json")
+        if not self.trainer.steps_done:
+            run_folder.write_text(self.out / "tokenizer.json", self.corpus.tokenizer.to_json())
         rewind_logs(self.out, self.trainer.steps_done, self.config.train.steps)
         journal = Journal(self.out, self.trainer, seconds_before=self.seconds_before)
         try:
@@ -116,7 +124,7 @@ class _Run:
         finally:
             journal.close()
         summary = journal.summary("finished" if finished else "interrupted")
-        summary["domains"] = with_baselines(summary["domains"], env["baselines"])
+        summary["domains"] = with_baselines(summary["domains"], env["baselines"], held_out(self.corpus))
         summary["parameters"] = env["parameters"]
         run_folder.write_json(self.out / "summary.json", summary)
         self._report()

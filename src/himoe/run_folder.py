@@ -14,6 +14,11 @@ from typing import Any
 
 from himoe.errors import RunFolderError, nearest
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 DOCUMENTS = ("config.json", "env.json", "summary.json", "tokenizer.json")
 LOGS = ("metrics.jsonl", "load.jsonl")
 OTHER_FILES = ("report.html",)
@@ -37,6 +42,40 @@ def check_run_folder(out: Path, *, resume: bool = False, force: bool = False) ->
         raise RunFolderError(f"{out} is not empty and not a run folder; nothing was changed: choose another with --out")
     if not force:
         raise RunFolderError(f"{out} already holds a run; continue it with --resume, replace it with --force")
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Keep every other process from writing to the folder `out`, where the system can; writes nothing itself.
+
+    The lock is the system's, on the folder: it ends with the process, however that ends.
+    Raises RunFolderError while another process holds it.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunFolderError(
+                f"{out} is in use by another process; wait until that ends, or choose another folder with --out"
+            ) from None
+        except OSError:  # a disk that knows no locks, such as some network drives
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_in_use(out: Path) -> bool:
+    """Return whether another process holds the folder `out`."""
+    try:
+        with locked(out):
+            return False
+    except RunFolderError:
+        return True
 
 
 def is_run_folder(path: Path) -> bool:
@@ -108,6 +147,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
+def read_env(run: Path) -> dict[str, Any]:
+    """Return env.json. Raises RunFolderError when it is missing, damaged or lacks what a run needs of it."""
+    env = read_json(run / "env.json")
+    for key in ("data", "parameters", "baselines"):
+        if not isinstance(env.get(key), dict):
+            raise RunFolderError(f"{run / 'env.json'} holds no {key}; restore it or start a new run")
+    return env
+
+
 class Log:
     """A `.jsonl` file that is appended to, one flushed line a record."""
 
@@ -126,13 +174,15 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a `.jsonl` file; a half-written last line is left out. A missing file is empty."""
+    """Return the records of a `.jsonl` file; half-written and damaged lines are left out. A missing file is empty."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
-            break
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
     return records
 
 

@@ -68,15 +68,15 @@ def evaluate(
     set_threads(loaded.config)
     baselines = {}
     if data is None:
-        env = run_folder.read_json(run / "env.json")
+        env = run_folder.read_env(run)
         corpus, baselines = load_corpus(loaded.config, console or Console(stderr=True)), env["baselines"]
-        if corpus.hash != env["data"]["hash"]:
+        if corpus.hash != env["data"].get("hash"):
             raise DataError(f"the text that {run} was trained on has changed since; name a text to score with --data")
         texts = held_out(corpus)
     else:
         texts = {name: Text.encode(documents, loaded.tokenizer) for name, documents in read_source(data).load().items()}
     result = score(loaded.config, loaded.model, loaded.tokenizer, texts)
-    domains = with_baselines(result.pop("domains"), baselines)
+    domains = with_baselines(result.pop("domains"), baselines, texts)
     return {"run": str(run), "checkpoint": loaded.checkpoint.name, "step": loaded.step, "domains": domains, **result}
 
 
@@ -111,9 +111,15 @@ def score(config: Config, model: nn.Module, tokenizer: Tokenizer, texts: Mapping
     )
 
 
-def with_baselines(domains: Mapping[str, Any], baselines: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the domains' records with the byte models' bits per byte, where those are known."""
-    return {name: {**record, **baselines.get(name, {})} for name, record in domains.items()}
+def with_baselines(
+    domains: Mapping[str, Any], baselines: Mapping[str, Any], texts: Mapping[str, Text]
+) -> dict[str, Any]:
+    """Return the domains' records with the byte models' bits per byte, where those are known and of the same text.
+
+    The byte models were scored on the whole of `texts`; a record of a part of it must not be compared with them.
+    """
+    whole = {name for name, record in domains.items() if name in texts and record["bytes"] == texts[name].num_bytes}
+    return {name: {**record, **(baselines.get(name, {}) if name in whole else {})} for name, record in domains.items()}
 
 
 def set_threads(config: Config) -> None:

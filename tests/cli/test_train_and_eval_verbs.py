@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 from himoe.cli import main
+from himoe.cli.folders import new_folder
 from himoe.config import load_config
+from himoe.run_folder import locked
 
 LAYER = {"max_vio_window": 0.125, "max_vio_batch": 0.5, "cv_window": 0.25, "group_mass": 0.26, "concentration": 0.75}
 SUMMARY = {
@@ -98,6 +101,8 @@ def test_train_alone_takes_the_default_recipe_and_a_new_folder(calls):
 
 
 def test_closing_tables_say_what_came_of_the_run(calls, capsys):
+    Path("o").mkdir()
+    Path("o/report.html").touch()
     assert main(["train", "lm_tiny", "--out", "o"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines if line.strip()}
@@ -109,6 +114,11 @@ def test_closing_tables_say_what_came_of_the_run(calls, capsys):
     assert rows["report"] == ["o/report.html"]
     assert max(map(len, lines)) <= 80
     assert "Balance of the layers" in lines and "dropped" not in " ".join(lines)
+
+
+def test_a_report_that_was_not_written_is_not_named(calls, capsys):
+    assert main(["train", "lm_tiny", "--out", "o"]) == 0
+    assert "report" not in capsys.readouterr().out
 
 
 def test_closing_tables_show_dropped_pairs(calls, capsys):
@@ -169,6 +179,24 @@ def test_resume_alone_takes_the_newest_unfinished_run(calls, capsys):
     (Path("runs/c") / "summary.json").write_text("{", encoding="utf-8")  # killed while it was written
     assert main(["train", "--resume"]) == 0
     assert calls.train["out"] == Path("runs/c")
+
+
+def test_resume_alone_leaves_a_run_alone_that_goes_on_right_now(calls):
+    store_run("runs/a", finished=None, age=300)
+    with locked(store_run("runs/b", finished=None, age=200)):
+        assert main(["train", "--resume"]) == 0
+    assert calls.train["out"] == Path("runs/a")
+
+
+def test_a_new_folder_never_has_the_name_of_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda _: "20260130-120000")
+    names = []
+    for _ in range(3):
+        folder = new_folder("a")
+        folder.mkdir(parents=True)
+        names.append(folder.name)
+    assert names == ["a-20260130-120000", "a-20260130-120000-2", "a-20260130-120000-3"]
 
 
 @pytest.mark.parametrize(

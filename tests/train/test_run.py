@@ -19,7 +19,8 @@ from rich.console import Console
 from himoe import run, trained
 from himoe.config import load_config
 from himoe.errors import CheckpointError, ConfigError, DataError, MissingExtraError, RunFolderError
-from himoe.run_folder import read_log
+from himoe.run_folder import is_in_use, locked, read_log
+from himoe.train import fit
 from himoe.train.snapshot import FREE_KEYS
 
 PAGE = Path(__file__).parents[2] / "docs" / "run-folder.md"
@@ -218,6 +219,49 @@ def test_ctrl_c_finishes_the_step_and_saves_it_and_the_run_goes_on_later(finishe
     assert timeless(lines(out / "metrics.jsonl")) == timeless(lines(finished[0] / "metrics.jsonl"))
 
 
+def test_a_part_of_the_text_is_not_compared_with_the_whole(text, tmp_path, monkeypatch):
+    interrupt_after(monkeypatch, signal.SIGINT, 5)
+    summary, _ = train(config(text), tmp_path / "run")  # evaluated on the first 500 tokens at step 4
+    assert {record["tokens"] for record in summary["domains"].values()} == {500}
+    assert not any({"unigram", "bigram"} & record.keys() for record in summary["domains"].values())
+
+
+def test_ctrl_c_before_the_first_step_saves_the_start(finished, text, tmp_path, monkeypatch):
+    out, enter = tmp_path / "run", fit.StopRequest.__enter__
+
+    def interrupted(self):
+        entered = enter(self)
+        signal.raise_signal(signal.SIGINT)
+        return entered
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit.StopRequest, "__enter__", interrupted)
+        summary, printed = train(config(text), out)
+    assert (summary["status"], summary["step"]) == ("interrupted", 0)
+    assert "stopped and saved at step 0" in printed and (out / "checkpoints/step-00000000").is_dir()
+    train(config(text), out, resume=True)
+    assert weights(out) == weights(finished[0])
+
+
+def test_ctrl_c_between_two_steps_saves_the_one_before(text, tmp_path, monkeypatch):
+    class Late(fit.StopRequest):
+        """The signal comes after step 3 was found not to be one to save."""
+
+        @property
+        def requested(self):
+            self.asked += 1
+            return self.asked > 6  # twice a step
+
+        @requested.setter
+        def requested(self, value):
+            self.asked = 0
+
+    monkeypatch.setattr(fit, "StopRequest", Late)
+    summary, _ = train(config(text), tmp_path / "run")
+    assert (summary["status"], summary["step"]) == ("interrupted", 3)
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000003"]
+
+
 def test_a_second_ctrl_c_stops_at_once(text, tmp_path, monkeypatch):
     def twice(self):
         signal.raise_signal(signal.SIGINT)
@@ -243,6 +287,25 @@ def test_a_finished_run_can_be_resumed_without_harm(finished, text):
     summary, _ = train(config(text), out, resume=True)
     assert weights(out) == content and timeless(lines(out / "metrics.jsonl")) == logged
     assert summary["domains"] == before["domains"] and summary["layers"] == before["layers"]
+
+
+def test_resuming_leaves_the_tokenizer_alone(text, tmp_path, monkeypatch):
+    train(config(text, *SHORT), tmp_path)
+    before = (tmp_path / "tokenizer.json").stat()
+    train(config(text, *SHORT), tmp_path, resume=True)
+    after = (tmp_path / "tokenizer.json").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_a_damaged_environment_is_one_line(text, tmp_path):
+    train(config(text, *SHORT), tmp_path)
+    env = read(tmp_path / "env.json")
+    del env["baselines"]
+    (tmp_path / "env.json").write_text(json.dumps(env))
+    with pytest.raises(RunFolderError, match="holds no baselines"):
+        train(config(text, *SHORT), tmp_path, resume=True)
+    with pytest.raises(RunFolderError, match="holds no baselines"):
+        trained.evaluate(tmp_path)
 
 
 def test_resume_without_a_checkpoint_starts_anew(finished, text, tmp_path):
@@ -312,6 +375,39 @@ def test_a_run_is_never_overwritten_without_force(finished, text, tmp_path):
     train(config(text), out, force=True)
     assert weights(out) == weights(finished[0])
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step-00000004", "step-00000008"]
+
+
+@pytest.mark.parametrize("how", [{}, {"resume": True}, {"force": True}])
+def test_two_processes_never_write_to_one_run(finished, text, how):
+    out, before = finished[0], {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")}
+    with locked(out), pytest.raises(RunFolderError, match="is in use by another process"):
+        train(config(text), out, **how)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_of_two_processes_that_start_a_run_the_quicker_one_has_it(text, tmp_path, monkeypatch):
+    out, load = tmp_path / "run", run.load_corpus
+
+    def slow(*arguments):
+        corpus = load(*arguments)
+        out.mkdir()
+        (out / "config.json").write_text("{}")
+        return corpus
+
+    monkeypatch.setattr(run, "load_corpus", slow)
+    with pytest.raises(RunFolderError, match="already holds a run"):
+        train(config(text), out)
+    assert [path.name for path in out.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_run_holds_its_folder_until_its_end(text, tmp_path, monkeypatch, exists):
+    out, seen, report = tmp_path / "run", [], run.write_report
+    monkeypatch.setattr(run, "write_report", lambda folder: seen.append(is_in_use(folder)) or report(folder))
+    if exists:
+        out.mkdir()
+    train(config(text, *SHORT), out)
+    assert seen == [True] and not is_in_use(out)
 
 
 def test_a_full_disk_is_one_line_and_spares_the_last_checkpoint(finished, text, tmp_path, monkeypatch):

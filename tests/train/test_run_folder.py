@@ -3,16 +3,21 @@ from pathlib import Path
 
 import pytest
 
+from himoe import run_folder
 from himoe.errors import RunFolderError
 from himoe.run_folder import (
     Log,
     check_run_folder,
     clear_run_folder,
+    is_in_use,
+    locked,
+    read_env,
     read_json,
     read_log,
     readable_disk_errors,
     truncate_log,
     write_json,
+    write_text,
 )
 
 
@@ -80,6 +85,45 @@ def test_a_document_is_replaced_whole_or_not_at_all(tmp_path):
         write_json(path, {"loss": float("nan")})
     assert read_json(path) == {"step": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_the_old_document_and_no_other_file(tmp_path):
+    path = tmp_path / "report.html"
+    write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "new \ud800")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_one_process_at_a_time_holds_a_folder(tmp_path):
+    with locked(tmp_path):
+        assert is_in_use(tmp_path)
+        with pytest.raises(RunFolderError, match=rf"^{tmp_path} is in use by another process"), locked(tmp_path):
+            raise AssertionError("both hold it")
+    assert not is_in_use(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_system_without_locks_goes_without(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "fcntl", None)
+    with locked(tmp_path), locked(tmp_path):
+        assert not is_in_use(tmp_path)
+
+
+def test_damaged_lines_are_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n[1]\n"x"\n\xff\xfe\n{"kind": "eval"}\n{"step": "2"}\n{"step": 3}\n{"st')
+    assert read_log(path) == [{"step": 1}, {"step": 3}]
+
+
+@pytest.mark.parametrize("key", ["data", "parameters", "baselines"])
+def test_an_environment_without_what_a_run_needs_is_named(tmp_path, key):
+    whole = {"data": {}, "parameters": {}, "baselines": {}}
+    write_json(tmp_path / "env.json", whole)
+    assert read_env(tmp_path) == whole
+    write_json(tmp_path / "env.json", {name: value for name, value in whole.items() if name != key})
+    with pytest.raises(RunFolderError, match=rf"env\.json holds no {key}; restore it or start a new run"):
+        read_env(tmp_path)
 
 
 def test_lines_can_be_read_while_the_run_goes_on_and_a_torn_one_is_cut_off(tmp_path):

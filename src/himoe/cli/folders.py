@@ -1,17 +1,20 @@
 """Finds run folders: where a new run goes, which one is meant, which one is unfinished."""
 
 import time
+from itertools import chain, count
 from pathlib import Path
 
 from himoe.errors import RunFolderError
-from himoe.run_folder import is_run_folder, no_run_folder, read_json
+from himoe.run_folder import is_in_use, is_run_folder, no_run_folder, read_json
 
 RUNS = Path("runs")
 
 
 def new_folder(name: str) -> Path:
-    """Return `runs/NAME-YYYYmmdd-HHMMSS`, which is not created here."""
-    return RUNS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """Return `runs/NAME-YYYYmmdd-HHMMSS`, with `-2` and so on where that stands already; it is not created here."""
+    first = RUNS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    others = (first.with_name(f"{first.name}-{number}") for number in count(2))
+    return next(folder for folder in chain([first], others) if not folder.exists())
 
 
 def existing_run(path: Path | None) -> Path:
@@ -25,8 +28,9 @@ def existing_run(path: Path | None) -> Path:
 
 
 def newest_unfinished() -> Path:
-    """Return the folder under `runs/` that was started last among those that did not finish."""
-    unfinished = [config.parent for config in RUNS.glob("*/config.json") if not _finished(config.parent)]
+    """Return the folder under `runs/` that was started last among those that neither finished nor go on right now."""
+    runs = [config.parent for config in RUNS.glob("*/config.json")]
+    unfinished = [run for run in runs if not _finished(run) and not is_in_use(run)]
     if not unfinished:
         raise RunFolderError(f"no unfinished run under {RUNS}/; name one: himoe train --resume --out DIR")
     return max(unfinished, key=lambda run: _written(run / "config.json"))

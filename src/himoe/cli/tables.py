@@ -20,8 +20,9 @@ def print_summary(console: Console, summary: Mapping[str, Any], run: Path) -> No
         summary["status"]: f"step {summary['step']:,}, {summary['tokens']:,} tokens in {summary['seconds']:,.0f} s",
         "speed": f"{summary['tokens_per_second'] or 0:,.0f} tokens/s{memory}",
         "run folder": str(run),
-        "report": str(run / "report.html"),
     }
+    if (page := run / "report.html").exists():
+        facts["report"] = str(page)
     for name, fact in facts.items():
         console.print(f"{name:<12} {escape(fact)}", highlight=False, soft_wrap=True)
 

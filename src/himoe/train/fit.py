@@ -28,8 +28,8 @@ class Journal:
         self._trainer, self._started = trainer, perf_counter() - seconds_before
         self._metrics, self._load = Log(folder / "metrics.jsonl"), Log(folder / "load.jsonl")
         self._mark = (trainer.tokens_done, trainer.step_seconds)
-        evaluations = [line for line in read_log(folder / "metrics.jsonl") if line["kind"] == "eval"]
-        loads = read_log(folder / "load.jsonl")
+        evaluations = [line for line in read_log(folder / "metrics.jsonl") if line.get("kind") == "eval"]
+        loads = [line for line in read_log(folder / "load.jsonl") if "layers" in line]
         self._evaluation: dict[str, Any] = evaluations[-1] if evaluations else {}
         self._layers: list[dict[str, Any]] = loads[-1]["layers"] if loads else []
 
@@ -112,6 +112,7 @@ def fit(
 
     The last step is not evaluated here: the caller does it on all held-out text.
     """
+    saved = None
     with StopRequest() as stop:
         while trainer.steps_done < steps and not stop.requested:
             trainer.step()
@@ -125,6 +126,9 @@ def fit(
                 progress.say(f"step {step}: {describe_evaluation(result)}")
             if step % checkpoint_every == 0 or last or stop.requested:
                 save()
+                saved = step
+        if stop.requested and trainer.steps_done != saved:  # the signal came between two steps, or before the first
+            save()
     return not stop.requested
 
 
