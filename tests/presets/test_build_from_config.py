@@ -1,17 +1,18 @@
 """From configuration to router and model: presets with options, routers spelled out, extra balancers, errors."""
 
-import sys
 import warnings
 
 import pytest
 import torch
 
-from himoe import Groups, moe_layers
+from himoe import GELUExperts, Groups, moe_layers
 from himoe.balance import LogitCorrection, LossFree, Switch, TwoLevelTerms, ZLoss
 from himoe.build import build_model, build_router
 from himoe.config import Config, load_config
+from himoe.config.schema import ModelConfig
 from himoe.errors import ConfigError, GuardError, HimoeWarning
 from himoe.functional import scores
+from himoe.models import DecoderLM
 
 DIM = 16
 
@@ -116,14 +117,6 @@ def test_balancers_beside_a_preset_join_its_own():
     )
 
 
-def test_a_readers_own_class_and_function():
-    built = router(preset="himoe.presets:moge", options={"alpha": 0.5}, balancers=[{"name": "himoe.balance:ZLoss"}])
-    assert parts(built, Switch)[0].weight == 0.5 and parts(built, ZLoss)
-    own = {"selector": "himoe.functional.selection:top_k", "score": "himoe.functional.scores:sigmoid"}
-    spelled = router(**own, balancers=[{"name": "loss_free"}])
-    assert spelled.score is scores.sigmoid and spelled(torch.randn(2, DIM)).expert_ids.shape == (2, 4)
-
-
 @pytest.mark.parametrize(
     ("moe", "text"),
     [
@@ -171,56 +164,6 @@ def test_options_that_cannot_work(moe, text):
     with pytest.raises(ConfigError, match=text) as caught:
         router(**moe)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("moe", "text"),
-    [
-        ({"experts": "math:pi"}, "^moe.experts 'math:pi': 'float' object is not callable$"),
-        ({"experts": "json:dumps"}, "^moe.experts 'json:dumps': .*positional argument"),
-        ({"experts": "torch.nn:Identity"}, "^moe.experts 'torch.nn:Identity': fails on one token: "),
-        ({"experts": "builtins:complex"}, "^moe.experts 'builtins:complex': "),
-        (
-            {"experts": "unittest.mock:Mock"},
-            "^moe.experts .*: gives a Mock, must give a torch.nn.modules.module.Module$",
-        ),
-        ({"selector": "math:pi"}, "^moe.selector 'math:pi': must be a function or class whose parameters have names$"),
-        ({"selector": "torch:topk"}, "^moe.selector 'torch:topk': must be a function or class"),
-        ({"selector": "json:dumps"}, "^moe.selector 'json:dumps': fails on one token: "),
-        ({"selector": "top_k", "score": "math:pi"}, "^moe.score 'math:pi': fails on one token: 'float' object is not"),
-        ({"selector": "top_k", "score": "math:sin"}, "^moe.score 'math:sin': fails on one token: "),
-        ({"preset": "math:pi"}, "^moe.preset 'math:pi': must be a function or class"),
-        ({"balancers": [{"name": "math:pi"}]}, r"^moe.balancers\[0\] 'math:pi': must be a function or class"),
-        (
-            {"balancers": [{"name": "torch.nn:Identity"}]},
-            r"^moe.balancers\[0\] .*: gives a Identity, must give a himoe.",
-        ),
-    ],
-)
-def test_a_readers_own_part_that_does_not_fit_is_one_line(moe, text):
-    extra = {} if "balancers" in moe else {"balancers": [{"name": "switch"}]}
-    with pytest.raises(ConfigError, match=text) as caught:
-        build_model(config(**moe, **extra), 300)
-    assert "\n" not in str(caught.value)
-
-
-def noisy(logits):
-    return (logits + torch.rand_like(logits)).softmax(-1)
-
-
-def test_a_readers_own_part_is_tried_out_without_a_trace(monkeypatch):
-    monkeypatch.setitem(sys.modules, "reader", sys.modules[__name__])
-    table = {"experts": "swiglu", "selector": "top_k", "score": "softmax", "balancers": [{"name": "loss_free"}]}
-    own = table | {
-        "experts": "himoe.nn.experts:SwiGLUExperts",
-        "selector": "himoe.functional.selection:top_k",
-        "score": "reader:noisy",
-    }
-    one, other = build_model(config(**table), 300), build_model(config(**own), 300)
-    assert all(module.training for module in other.modules())
-    for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
-    assert moe_layers(other)[0].router.score is noisy
 
 
 def test_a_balancer_beside_a_preset_counts_for_its_guard():
@@ -275,6 +218,38 @@ def test_what_is_not_causal_is_labelled_once_for_a_model_of_several_layers():
     assert text.startswith("Capacity: not causal as configured")
     published, causal = warned(preset="hi_moe_official")
     assert "all of a token's mass on one group" in published and "not causal" in causal
+
+
+def test_every_key_of_the_model_and_of_its_layers_reaches_its_place(monkeypatch):
+    model = {
+        "dim": 48, "num_layers": 3, "num_heads": 6, "num_kv_heads": 3, "ffn_dim": 20,
+        "tie_embeddings": False, "rope_theta": 123.0, "qk_norm": False,
+    }  # fmt: skip
+    moe = {"layers": [1], "expert_dim": 24, "shared_dim": 12, "experts": "gelu", "backend": "loop",
+           "capacity_factor": 1.5, "capacity_order": "column_major"}  # fmt: skip
+    usual = load_config("lm_tiny")
+    assert set(model) == set(ModelConfig.model_fields)
+    assert all(getattr(usual.model, key) != value for key, value in model.items())
+    assert all(getattr(usual.moe, key) != value for key, value in moe.items())
+    given = {}
+
+    def spy(**arguments):
+        given.update(arguments)
+        return DecoderLM(**arguments)
+
+    monkeypatch.setattr("himoe.build.DecoderLM", spy)
+    with pytest.warns(HimoeWarning, match="Capacity: not causal"):
+        built = build_model(load_config("lm_tiny", overrides={"model": model, "moe": moe}), 300)
+    feed_forward = given.pop("feed_forward")
+    assert given == {key: value for key, value in model.items() if key != "ffn_dim"} | {"vocab_size": 300}
+    assert [feed_forward(layer).down_proj.in_features for layer in (0, 2)] == [20, 20]
+    (layer,) = moe_layers(built)
+    assert layer is built.blocks[1].feed_forward
+    assert type(layer.experts) is GELUExperts
+    assert (layer.experts.num_experts, layer.experts.dim, layer.experts.hidden_dim) == (8, 48, 24)
+    assert layer.experts.backend == "loop"
+    assert (layer.dispatcher.factor, layer.dispatcher.order) == (1.5, "column_major")
+    assert (layer.shared_expert.down_proj.in_features, layer.shared_expert.down_proj.out_features) == (12, 48)
 
 
 def test_a_model_has_a_router_of_its_own_in_every_layer_and_is_a_function_of_the_seed():
