@@ -50,6 +50,17 @@ def test_every_token_is_predicted_once_from_the_one_before_it(length):
     assert model.training
 
 
+@pytest.mark.parametrize("outer", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_precision_is_that_of_the_call_whatever_stands_around_it(precision, outer):
+    seen = []
+    model = TinyLM()
+    model.head.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16, enabled=outer):
+        evaluate(model, Text(np.arange(20) % VOCAB, 20), **HOW, precision=precision)
+    assert set(seen) == {torch.bfloat16 if precision == "bf16" else torch.float32}
+
+
 def test_windows_equal_one_long_sequence_for_a_model_that_sees_one_token():
     # TinyLM has no attention, so the cut into windows and their padding must not change the sum.
     torch.manual_seed(0)
