@@ -227,7 +227,7 @@ def test_list_of_one_table_and_of_one_entry(capsys):
         (("selectors", "top_k_per_group"), "top_k_per_group()"),
         (("scores", "sigmoid"), "sigmoid()"),
         (("balancers", "z_loss"), "ZLoss(weight: float = 0.001)"),
-        (("presets", "moge"), "moge(alpha: float | None = None, renormalize: bool = True)"),
+        (("presets", "moge"), "moge(alpha: float | None = None, renormalize: bool | None = None)"),
     ],
 )
 def test_an_entry_shows_only_the_options_that_a_configuration_can_give(capsys, entry, signature):

@@ -138,3 +138,11 @@ def test_the_default_recipe_is_a_hi_moe_model_with_16_experts_in_4_groups():
     moe = load_config().moe
     assert (moe.preset, moe.num_groups) == ("hi_moe", 4)
     assert moe.num_experts >= 16
+
+
+def test_another_preset_leaves_the_balancers_beside_the_one_below_behind():
+    below = {"moe": {"preset": "hi_moe", "balancers": [{"name": "loss_free"}]}}
+    assert merge(below, {"moe": {"preset": "moge"}})["moe"] == {"preset": "moge"}
+    own = {"preset": "moge", "balancers": [{"name": "z_loss"}]}
+    assert merge(below, {"moe": own})["moe"] == own
+    assert merge(below, {"moe": {"top_k": 2}})["moe"]["balancers"] == [{"name": "loss_free"}]

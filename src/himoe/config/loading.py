@@ -21,7 +21,7 @@ from himoe.errors import ConfigError, nearest
 
 # A layer that sets the key on the left, to anything but none, drops what lower layers said about those on the right.
 RETIRES = {
-    "preset": ("selector", "score"),
+    "preset": ("selector", "score", "balancers"),
     "selector": ("preset", "options", "score"),
     "groups": ("num_groups", "top_k_per_group"),
     "num_groups": ("groups", "top_k_per_group"),
