@@ -4,7 +4,7 @@ import pytest
 from fake_run import edit, read_lines, write_lines
 
 from himoe.errors import RunFolderError
-from himoe.report import RunFolder
+from himoe.report import RunFolder, write_report
 
 
 def test_reads_what_the_files_say(run):
@@ -88,11 +88,23 @@ def test_a_fresh_run_has_nothing_to_tell(run):
 def test_overall_baseline_weighs_domains_by_bytes(run):
     sizes = {"code": {"held_out_bytes": 100}, "prose": {"held_out_bytes": 300}}
     bits = {"code": {"unigram": 5, "bigram": 3}, "prose": {"unigram": 5, "bigram": 4}}
+    scores = {name: {"bytes": size["held_out_bytes"]} for name, size in sizes.items()}
     edit(run / "env.json", lambda env: env.update(baselines=bits, data={"domains": sizes}))
+    edit(run / "summary.json", lambda summary: summary.update(domains=scores))
     folder = RunFolder.open(run)
     assert folder.baseline("bigram") == pytest.approx(3.75)
     edit(run / "env.json", lambda env: env["baselines"].pop("prose"))
     assert RunFolder.open(run).baseline("bigram") is None
+
+
+def test_no_baseline_stands_beside_the_score_of_a_part_of_the_text(run):
+    assert set(RunFolder.open(run).baselines) == {"code", "tests", "prose"}
+    assert "the bigram model needs" in write_report(run).read_text()
+    (run / "summary.json").unlink()
+    write_lines(run / "metrics.jsonl", read_lines(run / "metrics.jsonl")[:-1])  # the last evaluation read all of it
+    folder = RunFolder.open(run)
+    assert (folder.baselines, folder.baseline("bigram")) == ({}, None)
+    assert "the bigram model needs" not in write_report(run).read_text()
 
 
 def test_groups_are_contiguous_unless_listed(run):

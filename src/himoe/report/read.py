@@ -82,8 +82,17 @@ class RunFolder:
 
     @cached_property
     def baselines(self) -> dict[str, dict[str, Any]]:
-        """Per domain, bits per byte of the byte-unigram and the byte-bigram model."""
-        return {name: table(value) for name, value in table(self.env.get("baselines")).items()}
+        """Per domain, bits per byte of the byte-unigram and the byte-bigram model; none beside a score of other bytes.
+
+        The byte models read all held-out text, an evaluation in the middle of a run perhaps a part of it.
+        """
+        scored = table(self.outcome.get("domains"))
+        sizes = {name: number(table(scored.get(name)).get("bytes")) for name in self.held_out_bytes}
+        return {
+            name: table(value)
+            for name, value in table(self.env.get("baselines")).items()
+            if sizes.get(name) in (None, self.held_out_bytes.get(name))
+        }
 
     @cached_property
     def held_out_bytes(self) -> dict[str, float]:
