@@ -271,9 +271,13 @@ def test_a_second_ctrl_c_stops_at_once(text, tmp_path, monkeypatch):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(run.Trainer, "step", twice)
-    with pytest.raises(KeyboardInterrupt):
-        train(config(text), tmp_path / "run")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits "ignore"
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(config(text), tmp_path / "run")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, inherited)
 
 
 def test_training_outside_the_main_thread(text, tmp_path):
