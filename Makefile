@@ -14,7 +14,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(READY)   ## train a Hi-MoE language model on text this machine already has, 3 to 5 minutes
+demo: $(READY)   ## train a Hi-MoE language model on text this machine already has, about 5 minutes
 	$(BIN)/himoe train
 
 test: $(READY)   ## prove the layer, the data, the trainer and the command line

@@ -35,7 +35,7 @@ Verbs:
 {verbs}
 
 Examples:
-  himoe train                         3 to 5 minutes on text you already have
+  himoe train                         about 5 minutes on text you already have
   himoe train lm_tiny --out runs/try  20 steps, to try things out
   himoe eval runs/try                 its held-out bits per byte again
   himoe list balancers                what can be put in a configuration

@@ -21,7 +21,7 @@ class Train(Verb):
 
     Examples:
       himoe train
-          the default recipe on text this machine already has, 3 to 5 minutes
+          the default recipe on text this machine already has, about 5 minutes
       himoe train lm_tiny --data novels/ --out runs/novels
           another recipe, your own text: sub-folders or files are domains
       himoe train --set train.steps=1000 --set moe.preset=moge
