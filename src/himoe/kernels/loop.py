@@ -1,7 +1,7 @@
 """Backend `loop`: one dense product after another over the experts, rows gathered expert by expert.
 
-Runs everywhere in every floating dtype. On a CPU it is the fastest pure PyTorch path: each expert's rows stay in cache
-and nothing of size T·K is gathered twice. On a GPU it reads the counts back to the host; prefer `grouped` there.
+Runs everywhere in every floating dtype. On a CPU each expert's rows are gathered while they are needed, so nothing of
+size (T·K, D) is made of the input. On a GPU it reads the counts back to the host; prefer `grouped` there.
 """
 
 from collections.abc import Iterator
