@@ -89,7 +89,7 @@ def test_version(capsys):
         (["list", "--jsn"], "unknown option '--jsn'; did you mean '--json'?"),
         (["help", "trian"], "no verb 'trian'; known: train, eval, report, list; did you mean 'train'?"),
         (["train", "--steps", "5"], "unknown option '--steps'; did you mean --set train.steps=5? (see himoe train"),
-        (["train", "--top-k=2", "lm_tiny"], "unknown option '--top-k=2'; did you mean --set moe.top_k=2? (see"),
+        (["train", "--moe.top_k", "2"], "moe.top_k = 2: must be a multiple of moe.num_groups (4)"),
         (["train", "--moe.top_k", "2"], "unknown option '--moe.top_k'; did you mean --set moe.top_k=2? (see"),
         (["train", "--seed", "--json"], "unknown option '--seed'; did you mean --set seed=VALUE? (see"),
         (["list", "--dim", "5"], "unknown option '--dim' (see himoe list --help)"),
@@ -253,3 +253,22 @@ def test_list_of_a_recipe_is_its_file(capsys, tmp_path):
     assert main(["train", "lm_tiny", "--set", "name=my", "--dry-run"]) == 0
     first, second = capsys.readouterr().out.split("name = ")[1:]
     assert first.replace("none", "") == second.replace("none", "")
+
+
+@pytest.mark.parametrize(
+    ("option", "key", "value"),
+    [
+        (["--data.cross-documents"], "cross_documents", True),
+        (["--data.cross_documents=true"], "cross_documents", True),
+        (["--data.vocab-size", "300"], "vocab_size", 300),
+        (["--data.text-column=body"], "text_column", "body"),
+    ],
+)
+def test_every_key_of_the_configuration_is_an_option_too(capsys, option, key, value):
+    assert main(["train", "lm_tiny", *option, "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["data"][key] == value
+
+
+def test_an_option_called_like_no_key_names_the_nearest_one(capsys):
+    assert main(["train", "--data.cross-document", "--dry-run"]) == 2
+    assert "did you mean 'cross_documents'" in capsys.readouterr().err

@@ -40,6 +40,8 @@ def parse(verb: type[Verb], prog: str, arguments: Sequence[str]) -> Verb | None:
         ConfigError: an argument that is unknown, missing or of the wrong kind.
     """
     complaint = io.StringIO()
+    if any(_option_name(field.name, field.type) == "set" for field in fields(verb)):
+        arguments = keys_as_sets(arguments)
     try:
         with contextlib.redirect_stderr(complaint):
             filled, unknown = tyro.cli(
@@ -57,6 +59,26 @@ def parse(verb: type[Verb], prog: str, arguments: Sequence[str]) -> Verb | None:
     if unknown:
         raise ConfigError(f"{_unexpected(verb, unknown)} (see {prog} --help)")
     return filled
+
+
+def keys_as_sets(arguments: Sequence[str]) -> list[str]:
+    """Write every option that is called like a key of the configuration as a `--set`.
+
+    >>> keys_as_sets(["lm_tiny", "--train.batch-size", "8", "--data.cross-documents"])
+    ['lm_tiny', '--set', 'train.batch_size=8', '--set', 'data.cross_documents=true']
+    """
+    words, rewritten = list(arguments), []
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        section, dot, _ = name.removeprefix("--").partition(".")
+        if not (name.startswith("--") and dot and section in key_tree(Config)):
+            rewritten.append(word)
+            continue
+        if not equals:
+            value = words.pop(0) if words and not words[0].startswith("--") else "true"
+        rewritten += ["--set", f"{name.removeprefix('--').replace('-', '_')}={value}"]
+    return rewritten
 
 
 def _unexpected(verb: type[Verb], unknown: Sequence[str]) -> str:
