@@ -22,7 +22,8 @@ from himoe.models import parameter_counts
 from himoe.report import write_report
 from himoe.train.checkpoint import newest_whole
 from himoe.train.environment import best_device, describe_data, describe_environment, now
-from himoe.train.fit import Journal, describe_evaluation, fit
+from himoe.train.fit import fit
+from himoe.train.journal import Journal, describe_evaluation
 from himoe.train.loop import Trainer
 from himoe.train.optimizer import build_optimizer
 from himoe.train.progress import TrainingProgress

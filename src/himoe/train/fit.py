@@ -4,96 +4,12 @@ In this order, so that every line of a step is written before the checkpoint tha
 """
 
 from collections.abc import Callable
-from pathlib import Path
-from time import perf_counter
 from typing import Any
 
-from himoe.run_folder import Log, read_log
-from himoe.train.environment import peak_memory_mib
 from himoe.train.interrupt import StopRequest
+from himoe.train.journal import Journal, describe_evaluation
 from himoe.train.loop import Trainer
 from himoe.train.progress import TrainingProgress
-
-
-class Journal:
-    """Writes the lines of metrics.jsonl and load.jsonl, and remembers the last ones, those of earlier processes too.
-
-    Args:
-        folder: the run folder.
-        trainer: whose lines these are.
-        seconds_before: training time of earlier processes of this run.
-    """
-
-    def __init__(self, folder: Path, trainer: Trainer, *, seconds_before: float = 0.0) -> None:
-        self._trainer, self._started = trainer, perf_counter() - seconds_before
-        self._metrics, self._load = Log(folder / "metrics.jsonl"), Log(folder / "load.jsonl")
-        self._mark = (trainer.tokens_done, trainer.step_seconds)
-        evaluations = [line for line in read_log(folder / "metrics.jsonl") if line.get("kind") == "eval"]
-        loads = [line for line in read_log(folder / "load.jsonl") if "layers" in line]
-        self._evaluation: dict[str, Any] = evaluations[-1] if evaluations else {}
-        self._layers: list[dict[str, Any]] = loads[-1]["layers"] if loads else []
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since training began: steps, evaluations and checkpoints of every process, not the time between."""
-        return perf_counter() - self._started
-
-    def training_line(self) -> dict[str, Any]:
-        """Write the lines of the interval that ends now, and begin the next one."""
-        trainer = self._trainer
-        tokens, seconds = trainer.tokens_done - self._mark[0], trainer.step_seconds - self._mark[1]
-        self._mark = (trainer.tokens_done, trainer.step_seconds)
-        means = trainer.means.read()
-        line = {
-            "kind": "train",
-            **self._position(),
-            "loss": means["loss"],
-            "aux": {name.removeprefix("aux/"): value for name, value in means.items() if name.startswith("aux/")},
-            "lr": trainer.learning_rate(trainer.steps_done),
-            "grad_norm": means["grad_norm"],
-            "tokens_per_second": tokens / max(seconds, 1e-9),
-            "max_vio": trainer.statistics.window_max_vio(),
-        }
-        self._metrics.append(line)
-        if layers := trainer.statistics.read():
-            self._load.append({"step": trainer.steps_done, "layers": layers})
-            self._layers = layers
-        trainer.means.reset()
-        trainer.statistics.start_interval()
-        return line
-
-    def evaluation_line(self, result: dict[str, Any]) -> None:
-        """Write an evaluation: the dictionary that `evaluate_domains` returns."""
-        self._evaluation = result
-        self._metrics.append({"kind": "eval", **self._position(), **result})
-
-    def summary(self, status: str) -> dict[str, Any]:
-        """Return the run as the last lines tell it; None stands for what has not been measured yet."""
-        trainer, layers = self._trainer, self._layers
-        return {
-            "status": status,
-            **self._position(),
-            "tokens_per_second": trainer.tokens_done / trainer.step_seconds if trainer.step_seconds else None,
-            "loss": self._evaluation.get("loss"),
-            "bits_per_byte": self._evaluation.get("bits_per_byte"),
-            "domains": self._evaluation.get("domains", {}),
-            "layers": [{key: value for key, value in layer.items() if key != "load"} for layer in layers],
-            "max_vio_window": max((layer["max_vio_window"] for layer in layers), default=None),
-            "cv_window": max((layer["cv_window"] for layer in layers), default=None),
-            "peak_memory_mib": peak_memory_mib(),
-        }
-
-    def _position(self) -> dict[str, Any]:
-        return {
-            "step": self._trainer.steps_done,
-            "tokens": self._trainer.tokens_done,
-            "seconds": round(self.seconds, 3),
-        }
-
-    def close(self) -> None:
-        """Close both files."""
-        self._metrics.close()
-        self._load.close()
 
 
 def fit(
@@ -130,9 +46,3 @@ def fit(
         if stop.requested and trainer.steps_done != saved:  # the signal came between two steps, or before the first
             save()
     return not stop.requested
-
-
-def describe_evaluation(result: dict[str, Any]) -> str:
-    """Return an evaluation as one line of text."""
-    domains = ", ".join(f"{name} {record['bits_per_byte']:.3f}" for name, record in result["domains"].items())
-    return f"held-out bits per byte {result['bits_per_byte']:.3f} ({domains})"
