@@ -1,16 +1,16 @@
-"""Text in, tokens out: sources, held-out split, tokenizers, token files, training order and n-gram baselines."""
+"""Text in, tokens out: sources, held-out split, tokenizers, token shards, training order and n-gram baselines."""
 
 from himoe.data.corpus import Corpus, cache_folder, prepare
 from himoe.data.ngram import ngram_baselines
 from himoe.data.order import TrainingOrder
-from himoe.data.token_file import TokenFile
+from himoe.data.shards import TokenStream
 from himoe.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
     "BPETokenizer",
     "ByteTokenizer",
     "Corpus",
-    "TokenFile",
+    "TokenStream",
     "Tokenizer",
     "TrainingOrder",
     "cache_folder",

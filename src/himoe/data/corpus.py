@@ -11,20 +11,21 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 
 from himoe.data.embedded import embedded_source
 from himoe.data.sources import Source, read_source
 from himoe.data.split import digest, split_documents
-from himoe.data.token_file import TokenFile, write_token_file
+from himoe.data.shards import TokenFile, TokenStream
 from himoe.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 from himoe.errors import ConfigError, DataError
 
-FORMAT = 1  # to be raised when the same text would give other files than before
+FORMAT = 2  # to be raised when the same text would give other files than before
 BPE_SAMPLE = 16 * 2**20  # bytes of training text that the merges are learned from
 BATCH = 4 * 2**20  # bytes of text encoded at a time
 
@@ -46,14 +47,14 @@ class Preparation:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text ready to train on: one training file over all domains and a held-out file for each."""
+    """Text ready to train on: the training and the held-out tokens of every domain."""
 
     name: str
     hash: str  # over domain names, texts, tokenizer and split
     tokenizer: Tokenizer
     domains: list[str]
-    train: TokenFile
-    held_out: dict[str, TokenFile]
+    train: dict[str, TokenStream]
+    held_out: dict[str, TokenStream]
     folder: Path
 
 
@@ -130,8 +131,8 @@ def _open(folder: Path, source: Source, how: Preparation) -> Corpus:
         hash=hashlib.sha256((_key(source, how) + tokenizer.hash).encode()).hexdigest(),
         tokenizer=tokenizer,
         domains=domains,
-        train=TokenFile(folder / "train.tokens"),
-        held_out={domain: TokenFile(folder / f"held_out_{i}.tokens") for i, domain in enumerate(domains)},
+        train={domain: _stream(folder / f"train_{i}.tokens") for i, domain in enumerate(domains)},
+        held_out={domain: _stream(folder / f"held_out_{i}.tokens") for i, domain in enumerate(domains)},
         folder=folder,
     )
 
@@ -142,7 +143,7 @@ def _build(folder: Path, parts: dict[str, tuple[list[str], list[str]]], how: Pre
     report("tokenizer", 0.0)
     tokenizer = _train_tokenizer([train for train, _ in parts.values()], how)
     tokenizer.save(folder / "tokenizer.json")
-    files = {"train": [document for train, _ in parts.values() for document in train]}
+    files = {f"train_{i}": train for i, (train, _) in enumerate(parts.values())}
     files |= {f"held_out_{i}": held_out for i, (_, held_out) in enumerate(parts.values())}
     total = sum(len(document) for documents in files.values() for document in documents)
     done = 0
@@ -155,7 +156,7 @@ def _build(folder: Path, parts: dict[str, tuple[list[str], list[str]]], how: Pre
                 yield batch
                 done += sum(map(len, batch))
 
-        write_token_file(folder / f"{name}.tokens", batches(), tokenizer)
+        _write(folder / f"{name}.tokens", batches(), tokenizer)
     meta = {"domains": list(parts), "tokenizer": tokenizer.hash}
     (folder / "corpus.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
@@ -206,3 +207,44 @@ def _publish(built: Path, folder: Path, check: Callable[[], object]) -> None:
         except DataError:
             folder.rename(built.with_name("damaged"))  # goes with the temporary folder
             built.rename(folder)
+
+
+def _stream(path: Path) -> TokenStream:
+    """Open one token file."""
+    try:
+        meta = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        file = TokenFile(path, np.dtype(meta["dtype"]), meta["num_tokens"])
+        if hashlib.sha256(path.read_bytes()).hexdigest() != meta["sha256"]:
+            raise DataError(f"{path}: content differs from its recorded hash; prepare the data again")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a readable token file: {error}; prepare the data again") from error
+    return TokenStream([file], end_of_document=meta["end_of_document"], num_bytes=meta["num_bytes"],
+                       num_documents=meta["num_documents"])
+
+
+def _write(path: Path, batches: Iterable[list[str]], tokenizer: Tokenizer) -> None:
+    """Encode batches of documents and write them under a temporary name, renamed when complete."""
+    path = Path(path)
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    digest_, num_tokens, num_bytes, num_documents = hashlib.sha256(), 0, 0, 0
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        for batch in batches:
+            num_bytes += sum(len(document.encode()) for document in batch)
+            for ids in tokenizer.encode_batch(batch):
+                content = np.array([*ids, tokenizer.end_of_document], dtype=dtype).tobytes()
+                digest_.update(content)
+                file.write(content)
+                num_tokens += len(ids) + 1
+                num_documents += 1
+    meta = {
+        "format": 1,
+        "dtype": dtype.str,
+        "num_tokens": num_tokens,
+        "num_bytes": num_bytes,
+        "num_documents": num_documents,
+        "end_of_document": tokenizer.end_of_document,
+        "sha256": digest_.hexdigest(),
+    }
+    path.with_suffix(".json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    partial.replace(path)

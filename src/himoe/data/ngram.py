@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from himoe.data.corpus import Corpus
-from himoe.data.token_file import TokenFile
+from himoe.data.shards import TokenStream
 from himoe.data.tokenizer import Tokenizer
 
 START = 256
@@ -26,8 +26,8 @@ def ngram_baselines(corpus: Corpus) -> dict[str, dict[str, float]]:
     cache = corpus.folder / FILE
     with contextlib.suppress(OSError, ValueError):
         return json.loads(cache.read_text(encoding="utf-8"))
-    counts = pair_counts(corpus.train, corpus.tokenizer)
-    scores = {domain: score(counts, pair_counts(file, corpus.tokenizer)) for domain, file in corpus.held_out.items()}
+    counts = sum(pair_counts(stream, corpus.tokenizer) for stream in corpus.train.values())
+    scores = {domain: score(counts, pair_counts(stream, corpus.tokenizer)) for domain, stream in corpus.held_out.items()}
     with contextlib.suppress(OSError):  # only saves a second the next time
         partial = cache.with_suffix(".partial")
         partial.write_text(json.dumps(scores), encoding="utf-8")
@@ -35,11 +35,11 @@ def ngram_baselines(corpus: Corpus) -> dict[str, dict[str, float]]:
     return scores
 
 
-def pair_counts(file: TokenFile, tokenizer: Tokenizer) -> np.ndarray:
-    """Count each (context, byte) of a token file's text, `(257, 256)` int64; context 256 begins a document."""
+def pair_counts(stream: TokenStream, tokenizer: Tokenizer) -> np.ndarray:
+    """Count each (context, byte) of a stream's text, `(257, 256)` int64; context 256 begins a document."""
     counts = np.zeros((257, 257), dtype=np.int64)
     last = START
-    for symbols in _symbols(file, tokenizer):
+    for symbols in _symbols(stream, tokenizer):
         context = np.concatenate([[last], symbols[:-1]])
         counts += np.bincount(context * 257 + symbols, minlength=257 * 257).reshape(257, 257)
         last = int(symbols[-1])
@@ -57,15 +57,15 @@ def score(train: np.ndarray, held_out: np.ndarray) -> dict[str, float]:
     }
 
 
-def _symbols(file: TokenFile, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+def _symbols(stream: TokenStream, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """Yield the text in batches of int64 bytes, each end of a document as the start symbol of the next."""
     strings = [np.frombuffer(token, dtype=np.uint8).astype(np.int64) for token in tokenizer.token_bytes]
     strings[tokenizer.end_of_document] = np.array([START])
     lengths = np.array([len(string) for string in strings])
     offsets = np.cumsum(lengths) - lengths
     table = np.concatenate(strings)
-    for begin in range(0, file.num_tokens, BATCH):
-        tokens = np.asarray(file.tokens[begin : begin + BATCH], dtype=np.int64)
+    for chunk in stream.chunks(BATCH):
+        tokens = chunk.astype(np.int64)
         size = lengths[tokens]
         skipped = offsets[tokens] - (np.cumsum(size) - size)
         yield table[np.repeat(skipped, size) + np.arange(size.sum())]

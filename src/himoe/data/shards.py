@@ -1,0 +1,88 @@
+"""Token ids of a text on disk: shard files, and a stream that reads several of them as if they were one array.
+
+A shard holds ids, little-endian, 2 bytes each while the vocabulary fits, else 4, every document followed by the
+end-of-document id. What belongs to it (counts, SHA-256) stands in the description of the corpus.
+"""
+
+import bisect
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+OPEN_FILES = 128  # shards mapped at a time, over all streams: each holds a file descriptor
+CHUNK = 2**20  # tokens read at a time by what goes over a whole stream
+
+
+@dataclass(frozen=True, eq=False)  # a file opened anew is another one, whatever its name
+class TokenFile:
+    """A shard that is mapped into memory when it is needed."""
+
+    path: Path
+    dtype: np.dtype
+    num_tokens: int
+
+    def __len__(self) -> int:
+        return self.num_tokens
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        return _mapped(self)[part]
+
+
+class TokenStream:
+    """Tokens of several arrays or shards as if they were one array, read as they are used.
+
+    >>> stream = TokenStream.of([5, 1, 9, 2, 9], [4, 9], end_of_document=9)
+    >>> stream[3:6].tolist(), len(stream), stream.num_documents
+    ([2, 9, 4], 7, 3)
+    """
+
+    def __init__(
+        self, parts: Sequence[np.ndarray | TokenFile], *, end_of_document: int, num_bytes: int, num_documents: int
+    ) -> None:
+        self.parts = list(parts)
+        self.end_of_document = end_of_document
+        self.num_bytes = num_bytes  # UTF-8 bytes of the text
+        self.num_documents = num_documents
+        self.dtype = np.dtype(self.parts[0].dtype if self.parts else np.uint16)
+        self._ends = list(itertools.accumulate(map(len, self.parts)))
+        self.num_tokens = self._ends[-1] if self._ends else 0
+
+    @classmethod
+    def of(cls, *arrays: Sequence[int] | np.ndarray, end_of_document: int, num_bytes: int | None = None) -> Self:
+        """Return a stream of tokens in memory; `num_bytes` None counts a byte for each that ends no document."""
+        width = np.dtype(np.uint16 if end_of_document < 2**16 else np.uint32)
+        parts = [np.asarray(array, dtype=width) for array in arrays if len(array)]
+        documents = sum(int((part == end_of_document).sum()) for part in parts)
+        size = sum(map(len, parts)) - documents if num_bytes is None else num_bytes
+        return cls(parts, end_of_document=end_of_document, num_bytes=size, num_documents=documents)
+
+    def __len__(self) -> int:
+        return self.num_tokens
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Return tokens `part.start … part.stop`, `(n,)`, as they are stored; they may be a read-only view."""
+        start, stop, step = part.indices(self.num_tokens)
+        assert step == 1, "a stream is read forwards"
+        found = []
+        i = bisect.bisect_right(self._ends, start)
+        while start < stop:
+            offset = self._ends[i] - len(self.parts[i])
+            found.append(self.parts[i][start - offset : stop - offset])
+            start = self._ends[i]
+            i += 1
+        return found[0] if len(found) == 1 else np.concatenate([np.empty(0, self.dtype), *found])
+
+    def chunks(self, size: int = CHUNK) -> Iterator[np.ndarray]:
+        """Yield the whole stream in order, `size` tokens at a time."""
+        for start in range(0, self.num_tokens, size):
+            yield self[start : start + size]
+
+
+@functools.lru_cache(maxsize=OPEN_FILES)
+def _mapped(file: TokenFile) -> np.ndarray:
+    return np.memmap(file.path, dtype=file.dtype, mode="r", shape=(file.num_tokens,))
