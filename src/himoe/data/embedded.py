@@ -19,7 +19,8 @@ from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from himoe.data.sources import Source, cut, fingerprint
+from himoe.data.cutting import cut
+from himoe.data.sources import Source, Unit
 from himoe.data.split import digest
 from himoe.errors import DataError
 
@@ -40,6 +41,7 @@ LIMITS = {"code": 9 * 2**20, "tests": 9 * 2**20, "prose": 8 * 2**20}  # bytes
 PACKAGES_LIMIT = 2 * 2**20  # bytes of packages' source within `code`
 HELD_OUT = 288 * 1024  # bytes held out of every domain at least
 SHORTEST = 200  # characters of a docstring worth reading, and of a document
+UNIT = 2**20  # characters of a unit, about
 LONG_LINE = 30  # characters from which on a line tells one text from another
 TABLE_DIGITS = 0.1  # share of digits from which on a text is a table
 BREAK = "\n\n\n"  # between the docstrings of a module; inside one there are never so many line ends in a row
@@ -47,6 +49,11 @@ BREAK = "\n\n\n"  # between the docstrings of a module; inside one there are nev
 
 def embedded_source() -> Source:
     """Return the embedded corpus as a source; raises `DataError` where this Python has no readable source files."""
+    return Source("embedded", _units, None, minimum_held_out=HELD_OUT)
+
+
+def _units() -> list[Unit]:
+    """Return units that carry their documents: which these are is found over all files together."""
     texts = _source_texts()
     for domain, found in texts.items():
         if sum(map(len, found)) < 4 * HELD_OUT:
@@ -54,8 +61,16 @@ def embedded_source() -> Source:
                 f"the embedded corpus lacks text for {domain!r}: this Python has too few readable source files; "
                 "give your own text with data.path (--data PATH)"
             )
-    identity = fingerprint({**texts, "rules": [str(RULES)]})
-    return Source("embedded", identity, partial(documents, texts), minimum_held_out=HELD_OUT)
+    units = []
+    for domain, found in documents(texts).items():
+        group: list[tuple[str, str]] = []
+        for i, text in enumerate(found):
+            group.append((domain, text))
+            size = sum(len(text) for _, text in group)
+            if size >= UNIT or i == len(found) - 1:
+                units.append(Unit(f"{domain} to document {i + 1}", size, (partial(iter, tuple(group)),)))
+                group = []
+    return units
 
 
 def docstrings(source: str) -> Iterator[str]:
