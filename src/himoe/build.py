@@ -18,10 +18,11 @@ from himoe.config.schema import MoEConfig
 from himoe.errors import ConfigError, HimoeWarning, nearest
 from himoe.functional.groups import Groups
 from himoe.models import DecoderLM
-from himoe.nn import Capacity, Dropless, Gate, MoE, Router, SwiGLU
+from himoe.nn import GELUMLP, Capacity, Dropless, Gate, MoE, Router, SwiGLU
 from himoe.presets import check_guards
 
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text in quotes"}
+DENSE = {"swiglu": SwiGLU, "gelu": GELUMLP}
 LONGEST_REASON = 200
 
 
@@ -43,7 +44,7 @@ def build_model(config: Config, vocab_size: int) -> DecoderLM:
     def feed_forward(layer: int) -> nn.Module:
         if layer in is_moe:
             return build_moe(config.moe, config.model.dim)
-        return SwiGLU(config.model.dim, config.model.ffn_dim)
+        return DENSE[config.model.ffn](config.model.dim, config.model.ffn_dim)
 
     torch.manual_seed(config.seed)
     with warnings.catch_warnings():

@@ -67,17 +67,17 @@ def test_grouped_queries_are_full_heads_with_repeated_keys_and_values():
 
 def test_rotation_by_position():
     x = torch.randn(1, 1, 6, 8, dtype=torch.float64)
-    rotated = rotate(x, *rotary_angles(6, 8, 100.0, x.device))
+    rotated = rotate(x, *rotary_angles(torch.arange(6.0, dtype=x.dtype), 8, 100.0))
     for position in range(6):
         expected = rope(x[0, 0, position], position, 100.0)
-        torch.testing.assert_close(rotated[0, 0, position], expected, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(rotated.norm(dim=-1), x.norm(dim=-1), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(rotated[0, 0, position], expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(rotated.norm(dim=-1), x.norm(dim=-1), atol=1e-12, rtol=1e-12)
     assert torch.equal(rotated[0, 0, 0], x[0, 0, 0])
 
 
 def test_products_of_rotated_queries_and_keys_depend_on_the_distance_alone():
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
-    angles = rotary_angles(40, 16, 10_000.0, q.device)
+    angles = rotary_angles(torch.arange(40.0, dtype=q.dtype), 16, 10_000.0)
     queries, keys = (rotate(v.expand(1, 1, 40, 16), *angles)[0, 0] for v in (q, k))
     products = queries @ keys.T
     for distance in (-20, -3, 0, 1, 17):

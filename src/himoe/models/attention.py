@@ -1,11 +1,12 @@
 """Causal self-attention with grouped queries, rotary positions and normalised queries and keys."""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from himoe.errors import ConfigError
+from himoe.functional.precision import accumulation_dtype
 
 
 class Attention(nn.Module):
@@ -33,36 +34,49 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
 
-    def forward(self, x: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"] | None = None) -> Float[Tensor, "B S D"]:
-        """Attend to the real positions up to each one's own; `mask` is True for real tokens."""
+    def forward(self, x: Float[Tensor, "B S D"], seen: Bool[Tensor, "B 1 S S"] | None = None) -> Float[Tensor, "B S D"]:
+        """Attend to what `visible` says each position sees; None is every position up to its own."""
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         query, key, value = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        cos, sin = rotary_angles(x.shape[1], self.head_dim, self.rope_theta, x.device)
+        position = torch.arange(x.shape[1], device=x.device, dtype=accumulation_dtype(x.dtype))
+        cos, sin = rotary_angles(position, self.head_dim, self.rope_theta)
         # Back in the dtype of x: under autocast RMSNorm has no fused kernel for bf16 input with an fp32 weight.
         query = rotate(self.q_norm(query.to(x.dtype)), cos, sin).to(value.dtype)
         key = rotate(self.k_norm(key.to(x.dtype)), cos, sin).to(value.dtype)
         grouped = self.num_kv_heads < self.num_heads
-        seen = None if mask is None else visible(mask)
         mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=seen, is_causal=mask is None, enable_gqa=grouped
+            query, key, value, attn_mask=seen, is_causal=seen is None, enable_gqa=grouped
         )
         return self.out_proj(mixed.transpose(1, 2).flatten(-2))
 
 
-def visible(mask: Bool[Tensor, "B S"]) -> Bool[Tensor, "B 1 S S"]:
-    """Return which positions each one sees: real ones up to its own, and itself, so that no row of padding is empty."""
-    itself = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
-    return ((mask[:, None, :] | itself).tril())[:, None]
+def visible(
+    mask: Bool[Tensor, "B S"] | None, document_ids: Int[Tensor, "B S"] | None
+) -> Bool[Tensor, "B 1 S S"] | None:
+    """Return which positions each one sees: the real ones of its own document up to its own.
+
+    Every position sees itself too, so that no row of padding is empty. None where only the order limits the view.
+    """
+    given = mask if mask is not None else document_ids
+    if given is None:
+        return None
+    position = torch.arange(given.shape[1], device=given.device)
+    seen = position <= position[:, None]
+    if mask is not None:
+        seen = seen & (mask[:, None, :] | (position == position[:, None]))
+    if document_ids is not None:
+        seen = seen & (document_ids[:, None, :] == document_ids[:, :, None])
+    return seen[:, None]
 
 
-def rotary_angles(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of position·θ^(−2i/head_dim), each (length, head_dim/2) in fp32."""
-    frequency = theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
+def rotary_angles(position: Float[Tensor, " S"], head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of position·θ^(−2i/head_dim), each (S, head_dim/2) in the dtype of `position`."""
+    frequency = theta ** -(torch.arange(0, head_dim, 2, device=position.device, dtype=position.dtype) / head_dim)
+    angle = torch.outer(position, frequency)
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Float[Tensor, "B H S d"], cos: Float[Tensor, "S d/2"], sin: Float[Tensor, "S d/2"]) -> Tensor:
     """Rotate the two halves of every head by the angle of its position."""
-    first, second = x.float().chunk(2, dim=-1) if x.dtype != torch.float64 else x.chunk(2, dim=-1)
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from himoe.errors import ConfigError
-from himoe.models.attention import Attention
+from himoe.models.attention import Attention, visible
 from himoe.nn import MoE
 from himoe.types import Routing
 
@@ -33,10 +33,14 @@ class Block(nn.Module):
         self.feed_forward = feed_forward
 
     def forward(
-        self, x: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"] | None, token_ids: Int[Tensor, "B S"]
+        self,
+        x: Float[Tensor, "B S D"],
+        seen: Bool[Tensor, "B 1 S S"] | None,
+        mask: Bool[Tensor, "B S"] | None,
+        token_ids: Int[Tensor, "B S"],
     ) -> tuple[Float[Tensor, "B S D"], Routing | None]:
         """Return the new residual stream and the routing, None for a dense layer."""
-        x = x + self.attention(self.attention_norm(x), mask)
+        x = x + self.attention(self.attention_norm(x), seen)
         normed = self.feed_forward_norm(x)
         if isinstance(self.feed_forward, MoE):
             y, routing = self.feed_forward(normed, mask, token_ids=token_ids)
@@ -106,23 +110,33 @@ class DecoderLM(nn.Module):
                 nn.init.normal_(parameter, std=residual_std if writes_residual else INIT_STD)
 
     def forward(
-        self, token_ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B S"] | None = None
+        self,
+        token_ids: Int[Tensor, "B S"],
+        mask: Bool[Tensor, "B S"] | None = None,
+        *,
+        document_ids: Int[Tensor, "B S"] | None = None,
     ) -> tuple[Float[Tensor, "B S V"], list[Routing]]:
         """Predict each next token.
 
         Args:
             token_ids: (B, S).
             mask: (B, S) True for real tokens; padding, before or behind the text, is neither attended to nor routed.
+            document_ids: (B, S) equal for the tokens of one document, which see each other and nothing else. None:
+                every row is one document. Losses per sequence are per row all the same.
 
         Returns:
             logits (B, S, V), and one `Routing` per MoE layer, in layer order.
         """
-        if mask is not None and mask.shape != token_ids.shape:
-            raise ConfigError(f"DecoderLM: mask has shape {tuple(mask.shape)}, token_ids {tuple(token_ids.shape)}")
+        for name, value in (("mask", mask), ("document_ids", document_ids)):
+            if value is not None and value.shape != token_ids.shape:
+                raise ConfigError(
+                    f"DecoderLM: {name} has shape {tuple(value.shape)}, token_ids {tuple(token_ids.shape)}"
+                )
         x = self.embedding(token_ids)
+        seen = visible(mask, document_ids)
         routings: list[Routing] = []
         for block in self.blocks:
-            x, routing = block(x, mask, token_ids)
+            x, routing = block(x, seen, mask, token_ids)
             if routing is not None:
                 routings.append(routing)
         return self.head(self.norm(x)), routings

@@ -2,13 +2,14 @@
 
 from himoe.nn.adapter import MoEAdapter, collect_routings
 from himoe.nn.dispatch import Capacity, Dropless
-from himoe.nn.experts import GELUExperts, SwiGLU, SwiGLUExperts
+from himoe.nn.experts import GELUMLP, GELUExperts, SwiGLU, SwiGLUExperts
 from himoe.nn.gate import Gate
 from himoe.nn.hooks import aux_losses, observe, step
 from himoe.nn.moe import MoE, moe_layers
 from himoe.nn.router import Router
 
 __all__ = [
+    "GELUMLP",
     "Capacity",
     "Dropless",
     "GELUExperts",

@@ -101,3 +101,21 @@ class SwiGLU(nn.Module):
         """Return the network's output."""
         gate, value = self.gate_up_proj(x).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * value)
+
+
+class GELUMLP(nn.Module):
+    """One dense network down·gelu(up·x), the exact gelu.
+
+    Args:
+        dim: D.
+        hidden_dim: F.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        """Return the network's output."""
+        return self.down_proj(F.gelu(self.up_proj(x)))
