@@ -41,13 +41,13 @@ class Samples:
         return np.where(generator.random(SEQ_LEN + 1) < 0.1, noise, tokens)
 
 
-def make_trainer(*, model=None, seed=0, steps=20, batch_size=8, learning_rate=1e-2, **options):
+def make_trainer(*, model=None, seed=0, steps=20, batch_size=8, learning_rate=1e-2, optimizer="adamw", **options):
     torch.manual_seed(seed)
     model = model or TinyLM()
     return Trainer(
         model,
         Samples(),
-        optimizer=build_optimizer(model, learning_rate),
+        optimizer=build_optimizer(model, learning_rate, optimizer=optimizer),
         learning_rate=learning_rate_schedule("cosine", learning_rate, steps=steps, warmup_steps=3),
         statistics=Statistics([0], Groups.equal(8, 4), window=5),
         batch_size=batch_size,
