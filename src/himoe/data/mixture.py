@@ -17,6 +17,7 @@ import numpy as np
 from himoe.errors import ConfigError, nearest
 
 LONGEST_PERIOD = 2**16
+ROUNDING = 1e-5  # that shares written with six digits may add up to; they are normalised
 
 
 class Mixture:
@@ -100,7 +101,7 @@ def _check(weights: Mapping[str, float], domains: list[str]) -> None:
         raise ConfigError(
             f"data.weights: no share for {', '.join(missing)}; give every domain one, 0 leaves a domain out"
         )
-    if abs((total := sum(weights.values())) - 1) > 1e-6:
+    if abs((total := sum(weights.values())) - 1) > ROUNDING:
         fair = ", ".join(f"{name} = {weight / total:.6g}" for name, weight in weights.items()) if total else ""
         raise ConfigError(
             f"data.weights: the shares sum to {total:.6g}, not to 1" + (f"; in proportion: {fair}" if fair else "")
