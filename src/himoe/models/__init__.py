@@ -1,6 +1,8 @@
-"""Whole models: a decoder language model with any pattern of dense and MoE layers, and exact parameter counts."""
+"""Whole models: a decoder language model with any pattern of dense and MoE layers, generation, parameter counts."""
 
+from himoe.models.cache import KVCache
 from himoe.models.count import ParameterCounts, parameter_counts
+from himoe.models.generation import generate
 from himoe.models.lm import DecoderLM
 
-__all__ = ["DecoderLM", "ParameterCounts", "parameter_counts"]
+__all__ = ["DecoderLM", "KVCache", "ParameterCounts", "generate", "parameter_counts"]

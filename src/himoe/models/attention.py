@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from himoe.errors import ConfigError
 from himoe.functional.precision import accumulation_dtype
+from himoe.models.cache import Buffer
 
 
 class Attention(nn.Module):
@@ -34,38 +35,59 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
 
-    def forward(self, x: Float[Tensor, "B S D"], seen: Bool[Tensor, "B 1 S S"] | None = None) -> Float[Tensor, "B S D"]:
-        """Attend to what `visible` says each position sees; None is every position up to its own."""
+    def forward(
+        self,
+        x: Float[Tensor, "B S D"],
+        seen: Bool[Tensor, "B 1 S N"] | None = None,
+        cache: tuple[Buffer, Buffer] | None = None,
+    ) -> Float[Tensor, "B S D"]:
+        """Attend to what `visible` says each position sees; None is every position up to its own.
+
+        `cache` holds the keys and values of the positions before x, and gets those of x; N counts both.
+        """
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         query, key, value = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        position = torch.arange(x.shape[1], device=x.device, dtype=accumulation_dtype(x.dtype))
+        first = 0 if cache is None else cache[0].length
+        position = torch.arange(first, first + x.shape[1], device=x.device, dtype=accumulation_dtype(x.dtype))
         cos, sin = rotary_angles(position, self.head_dim, self.rope_theta)
         # Back in the dtype of x: under autocast RMSNorm has no fused kernel for bf16 input with an fp32 weight.
         query = rotate(self.q_norm(query.to(x.dtype)), cos, sin).to(value.dtype)
         key = rotate(self.k_norm(key.to(x.dtype)), cos, sin).to(value.dtype)
-        grouped = self.num_kv_heads < self.num_heads
+        if cache is not None:
+            key, value = cache[0].extend(key), cache[1].extend(value)
         mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=seen, is_causal=seen is None, enable_gqa=grouped
+            query,
+            key,
+            value,
+            attn_mask=seen,
+            is_causal=seen is None and first == 0,
+            enable_gqa=self.num_kv_heads < self.num_heads,
         )
         return self.out_proj(mixed.transpose(1, 2).flatten(-2))
 
 
 def visible(
-    mask: Bool[Tensor, "B S"] | None, document_ids: Int[Tensor, "B S"] | None
-) -> Bool[Tensor, "B 1 S S"] | None:
-    """Return which positions each one sees: the real ones of its own document up to its own.
+    mask: Bool[Tensor, "B N"] | None,
+    document_ids: Int[Tensor, "B N"] | None,
+    *,
+    length: int,
+    first: int = 0,
+    device: torch.device | None = None,
+) -> Bool[Tensor, "#B 1 S N"] | None:
+    """Return which of N = `length` positions each one from `first` on sees: the real ones of its own document up to it.
 
-    Every position sees itself too, so that no row of padding is empty. None where only the order limits the view.
+    Every position sees itself too, so that no row of padding is empty. None where that is every position up to its
+    own, and those are all there are or all before it.
     """
-    given = mask if mask is not None else document_ids
-    if given is None:
+    if mask is None and document_ids is None and (first == 0 or first == length - 1):
         return None
-    position = torch.arange(given.shape[1], device=given.device)
-    seen = position <= position[:, None]
+    position = torch.arange(length, device=device)
+    own = position[first:, None]
+    seen = (position <= own)[None]
     if mask is not None:
-        seen = seen & (mask[:, None, :] | (position == position[:, None]))
+        seen = seen & (mask[:, None, :] | (position == own))
     if document_ids is not None:
-        seen = seen & (document_ids[:, None, :] == document_ids[:, :, None])
+        seen = seen & (document_ids[:, None, :] == document_ids[:, first:, None])
     return seen[:, None]
 
 

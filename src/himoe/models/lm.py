@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from himoe.errors import ConfigError
 from himoe.models.attention import Attention, visible
+from himoe.models.cache import Buffer, KVCache
 from himoe.nn import MoE
 from himoe.types import Routing
 
@@ -35,12 +36,13 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B S D"],
-        seen: Bool[Tensor, "B 1 S S"] | None,
+        seen: Bool[Tensor, "B 1 S N"] | None,
         mask: Bool[Tensor, "B S"] | None,
         token_ids: Int[Tensor, "B S"],
+        cache: tuple[Buffer, Buffer] | None = None,
     ) -> tuple[Float[Tensor, "B S D"], Routing | None]:
         """Return the new residual stream and the routing, None for a dense layer."""
-        x = x + self.attention(self.attention_norm(x), seen)
+        x = x + self.attention(self.attention_norm(x), seen, cache)
         normed = self.feed_forward_norm(x)
         if isinstance(self.feed_forward, MoE):
             y, routing = self.feed_forward(normed, mask, token_ids=token_ids)
@@ -115,6 +117,7 @@ class DecoderLM(nn.Module):
         mask: Bool[Tensor, "B S"] | None = None,
         *,
         document_ids: Int[Tensor, "B S"] | None = None,
+        cache: KVCache | None = None,
     ) -> tuple[Float[Tensor, "B S V"], list[Routing]]:
         """Predict each next token.
 
@@ -123,20 +126,28 @@ class DecoderLM(nn.Module):
             mask: (B, S) True for real tokens; padding, before or behind the text, is neither attended to nor routed.
             document_ids: (B, S) equal for the tokens of one document, which see each other and nothing else. None:
                 every row is one document. Losses per sequence are per row all the same.
+            cache: what earlier calls read of the same rows; `token_ids` go on from there, and are added to it.
 
         Returns:
             logits (B, S, V), and one `Routing` per MoE layer, in layer order.
+
+        Raises:
+            ConfigError: shapes that differ, or a cache in training mode.
         """
         for name, value in (("mask", mask), ("document_ids", document_ids)):
             if value is not None and value.shape != token_ids.shape:
                 raise ConfigError(
                     f"DecoderLM: {name} has shape {tuple(value.shape)}, token_ids {tuple(token_ids.shape)}"
                 )
+        if cache is not None and (self.training or torch.is_grad_enabled()):
+            raise ConfigError("DecoderLM: a cache is for reading on, not for training; use eval() and torch.no_grad()")
+        first = 0 if cache is None else cache.length
+        known = (mask, document_ids) if cache is None else cache.remember(mask, document_ids)
+        seen = visible(*known, length=first + token_ids.shape[1], first=first, device=token_ids.device)
         x = self.embedding(token_ids)
-        seen = visible(mask, document_ids)
         routings: list[Routing] = []
-        for block in self.blocks:
-            x, routing = block(x, seen, mask, token_ids)
+        for layer, block in enumerate(self.blocks):
+            x, routing = block(x, seen, mask, token_ids, None if cache is None else cache.layer(layer))
             if routing is not None:
                 routings.append(routing)
         return self.head(self.norm(x)), routings

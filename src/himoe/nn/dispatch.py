@@ -29,11 +29,11 @@ class Dropless(nn.Module):
 
 
 class Capacity(nn.Module):
-    """Give every expert a limited number of places and drop the pairs that find none.
+    """Give every expert a limited number of places in training and drop the pairs that find none.
 
     places = floor(K·factor·T/E), T the real tokens, rounded up to `multiple`, at least 1. Weights are not renormalised
-    after a drop. Places grow with the number of tokens in the call, so a longer text or a larger batch drops other
-    pairs: compare held-out losses at one length and batch size only.
+    after a drop. In eval mode nothing is dropped: what a token gets must not depend on how many others are read with
+    it, or a text read in parts, as in generation, would not be the text read at once.
 
     Args:
         factor: 1 is the fair share; drops vanish as it grows.
@@ -55,7 +55,9 @@ class Capacity(nn.Module):
     def forward(
         self, x: Float[Tensor, "T D"], routing: Routing, experts: Experts
     ) -> tuple[Float[Tensor, "T D"], Routing]:
-        """Run the experts on the pairs that found a place; the returned routing's `kept` says which."""
+        """Run the experts on the pairs that found a place, all of them in eval; the new routing's `kept` says which."""
+        if not routing.context.training:
+            return experts(x, routing.expert_ids, routing.weights, routing.kept), routing
         mask = routing.context.mask
         tokens = routing.expert_ids.new_full((), x.shape[0]) if mask is None else mask.sum()
         places = capacity(tokens, routing.num_experts, routing.top_k, self.factor, self.multiple)
