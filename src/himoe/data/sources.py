@@ -1,8 +1,8 @@
-"""Text files and folders, read as documents per domain, in units that processes can share.
+"""Files and folders, read as documents per domain, in units that processes can share.
 
-A file is one domain, named by its stem. In a folder every first-level sub-folder or file is a domain. Hidden entries
-are skipped, every other regular file must be UTF-8 text. One file is one document; a big file is cut at blank lines, so
-that a domain that is one long file still has documents to hold out.
+Of a table (JSON lines, Parquet, Arrow) every row is a document; any other file must be UTF-8 text, which is cut at
+blank lines where it is long, so that a domain that is one long file still has documents to hold out. What a folder
+gives is told in `folders`. JSON lines and text may be compressed (`.gz`, `.zst`).
 """
 
 import functools
@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from himoe.data.cutting import document_start, lone_pieces, pieces
+from himoe.data.columns import Columns
+from himoe.data.folders import domains
+from himoe.data.formats import fault, form, read_json_lines, read_text
+from himoe.data.tables import read_table, table_ranges
 from himoe.errors import DataError
 
 UNIT = 32 * 2**20  # bytes of source that one process prepares at a time
 MANY = 1024  # files of one unit at most, so that a unit stays small to hand over
-CHUNK = 2**20  # bytes read at a time
+NAMED = 5  # bad files named in an error
 
 Part = Callable[[], Iterator[tuple[str, str]]]  # reads the documents of one file, or of a part of it
 
@@ -64,135 +67,104 @@ class Source:
 def read_source(
     path: Path, *, text_column: str = "text", domain_column: str | None = None, unit_size: int = UNIT
 ) -> Source:
-    """Return the text of a file or folder.
+    """Return the text of a file or folder; of tables, the rows' `text_column`, and `domain_column` names their domains.
 
-    Raises `DataError` when it is missing or holds no files.
+    Raises `DataError` when it is missing or holds no files; `units` of the result look into them.
     """
     path = Path(path)
-    try:
-        files = _domains(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; give a UTF-8 text file or a folder") from error
-    signature = _signature(path, files, [text_column, domain_column])
-    return Source(path.resolve().name, partial(_units, path, files, unit_size), signature)
+    return _source(path.resolve().name, {None: path}, Columns(text_column, domain_column), unit_size)
 
 
 def read_sources(paths: Mapping[str, Path], *, text_column: str = "text", unit_size: int = UNIT) -> Source:
     """Return several files or folders as one source, each of them one domain of the given name."""
-    sources = {name: read_source(path, text_column=text_column, unit_size=unit_size) for name, path in paths.items()}
-
-    def units() -> list[Unit]:
-        return [
-            Unit(unit.label, unit.size, tuple(partial(_renamed, part, name) for part in unit.parts))
-            for name, source in sources.items()
-            for unit in source.units
-        ]
-
-    identity = repr([(name, source.signature) for name, source in sources.items()])
-    return Source("+".join(sources), units, hashlib.sha256(identity.encode()).hexdigest())
+    return _source("+".join(paths), {name: Path(path) for name, path in paths.items()}, Columns(text_column), unit_size)
 
 
-def _renamed(part: Part, name: str) -> Iterator[tuple[str, str]]:
-    """Yield the documents of a part as those of the domain `name`."""
-    for _, text in part():
-        yield name, text
+def _source(name: str, paths: Mapping[str | None, Path], columns: Columns, unit_size: int) -> Source:
+    """Return the files of some paths as a source; None stands for the domains that the files themselves give."""
+    files: list[_File] = []
+    for given, root in paths.items():
+        try:
+            found = domains(root)
+            if given is not None:
+                found = {given: [file for part in found.values() for file in part]}
+            for domain, part in found.items():
+                files += [_File(file, root, domain, len(part) == 1, file.stat()) for file in part]
+        except OSError as error:
+            raise DataError(f"{root}: cannot be read: {error.strerror}; give a UTF-8 text file or a folder") from error
+    if columns.domain is not None and all(form(file.path)[0] == "text" for file in files):
+        raise DataError(
+            f"{name}: there are only text files, and they have no column {columns.domain!r}; leave data.domain_column "
+            "out, a sub-folder or file is a domain then"
+        )
+    digest = hashlib.sha256(repr((columns, unit_size)).encode())
+    for file in files:
+        digest.update(repr((str(file.path.absolute()), file.domain, file.stat.st_size, file.stat.st_mtime_ns)).encode())
+    return Source(name, partial(_units, files, columns, unit_size), digest.hexdigest())
 
 
-def _signature(root: Path, files: Mapping[str, Sequence[Path]], options: list) -> str:
-    """Return the hex hash of where the files lie, their sizes and times, and how they are read."""
-    digest = hashlib.sha256(repr((str(root.resolve()), options)).encode())
-    for domain, paths in files.items():
-        for path in paths:
-            stat = path.stat()
-            digest.update(repr((domain, _relative(path, root), stat.st_size, stat.st_mtime_ns)).encode())
-    return digest.hexdigest()
+@dataclass(frozen=True)
+class _File:
+    """A file to read, as it was found."""
+
+    path: Path
+    root: Path  # what was given
+    domain: str
+    lone: bool  # all of its domain
+    stat: os.stat_result
+
+    @property
+    def label(self) -> str:
+        return self.path.name if self.path == self.root else str(self.path.relative_to(self.root))
 
 
-def _units(root: Path, files: Mapping[str, Sequence[Path]], unit_size: int) -> list[Unit]:
-    """Return the units of all files: big files in ranges, small ones together."""
-    parts: list[tuple[str, int, Part]] = []
-    for domain, paths in files.items():
-        for path in paths:
-            size, name = path.stat().st_size, _relative(path, root)
-            if size <= unit_size:
-                parts.append((name, size, partial(read_text, path, domain, lone=len(paths) == 1)))
-                continue
-            for start in range(0, size, unit_size):
-                stop = min(start + unit_size, size)
-                parts.append((f"{name}[{start}:{stop}]", stop - start, partial(read_text, path, domain, start, stop)))
-    return _grouped(parts, unit_size)
-
-
-def _grouped(parts: list[tuple[str, int, Part]], unit_size: int) -> list[Unit]:
-    """Put parts that follow each other together, up to the unit size."""
+def _units(files: Sequence[_File], columns: Columns, unit_size: int) -> list[Unit]:
+    """Return the units of all files: big files in parts, small ones together."""
+    bad = [(file, reason) for file in files if (reason := fault(file.path))]
+    if bad:
+        shown = ", ".join(f"{file.label} ({reason})" for file, reason in bad[:NAMED])
+        more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
+        raise DataError(
+            f"{bad[0][0].root}: {len(bad)} of {len(files)} files cannot be used: {shown}{more}; "
+            "data must be UTF-8 text, take other files out or hide them with a leading dot"
+        )
     units: list[Unit] = []
-    group: list[tuple[str, int, Part]] = []
-    for part in [*parts, None]:
-        full = sum(size for _, size, _ in group) + (part[1] if part else 0) > unit_size or len(group) == MANY
-        if group and (part is None or full):
-            label = group[0][0] if len(group) == 1 else f"{group[0][0]} … {group[-1][0]} ({len(group)} files)"
-            units.append(Unit(label, sum(size for _, size, _ in group), tuple(read for _, _, read in group)))
-            group = []
-        if part:
-            group.append(part)
-    return units
+    group, size = [], 0
+    for part in (part for file in files for part in _parts(file, columns, unit_size)):
+        if group and (len(group) == MANY or size + part.size > unit_size):
+            units.append(_together(group))
+            group, size = [], 0
+        group.append(part)
+        size += part.size
+    return [*units, _together(group)] if group else units
 
 
-def read_text(
-    path: Path, domain: str, start: int = 0, stop: int | None = None, *, lone: bool = False
-) -> Iterator[tuple[str, str]]:
-    """Yield the documents of a text file, or those that begin in a range of its bytes."""
-    size = path.stat().st_size
-    begin = document_start(path, start)
-    end = size if stop is None or stop >= size else document_start(path, stop)
-    for piece in (lone_pieces if lone else pieces)(_chunks(path, begin, end)):
-        yield domain, piece.decode()
+def _together(group: list[Unit]) -> Unit:
+    """Return several units as one."""
+    if len(group) == 1:
+        return group[0]
+    label = f"{group[0].label} … {group[-1].label} ({len(group)} files)"
+    return Unit(label, sum(unit.size for unit in group), tuple(part for unit in group for part in unit.parts))
 
 
-def _chunks(path: Path, start: int, stop: int) -> Iterator[bytes]:
-    """Yield the bytes of a range of a file."""
-    with path.open("rb") as file:
-        file.seek(start)
-        while start < stop and (chunk := file.read(min(CHUNK, stop - start))):
-            start += len(chunk)
-            yield chunk
-
-
-def _domains(folder: Path) -> dict[str, list[Path]]:
-    """Return the files of every domain of a folder, both in name order, or of the one domain that a file is."""
-    if folder.is_file():
-        return {folder.stem: [folder]}
-    if not folder.is_dir():
-        reason = "neither a file nor a folder" if folder.exists() else "no such file or folder"
-        raise DataError(f"{folder}: {reason}; give a UTF-8 text file or a folder of them")
-    domains: dict[str, list[Path]] = {}
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith("."):
-            continue
-        name, files = (entry.name, _walk(entry)) if entry.is_dir() else (entry.stem, [entry] * entry.is_file())
-        if files and name in domains:
-            raise DataError(f"{folder}: two entries give the domain {name!r}, one is {entry.name}; rename one of them")
-        if files:
-            domains[name] = files
-    if not domains:
-        raise DataError(f"{folder}: holds no files; put text files in it, each file or sub-folder is one domain")
-    return domains
-
-
-def _walk(folder: Path) -> list[Path]:
-    """Return the regular files under `folder`, sorted, hidden files and folders left out."""
-    found = []
-    for root, folders, names in os.walk(folder, onerror=_fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(root, name) for name in names if not name.startswith(".")]
-    return sorted(file for file in found if file.is_file())
-
-
-def _fail(error: OSError) -> None:
-    """Raise what `os.walk` would pass over: a folder that may not be read must not go missing unnoticed."""
-    raise error
-
-
-def _relative(file: Path, root: Path) -> str:
-    """Return the name of `file` as seen from `root`."""
-    return file.name if file == root else str(file.relative_to(root))
+def _parts(file: _File, columns: Columns, unit_size: int) -> Iterator[Unit]:
+    """Yield the parts of one file, each as a unit of its own."""
+    kind, compression, _ = form(file.path)
+    if kind in ("parquet", "arrow"):
+        for first, last, size in table_ranges(file.path, columns, unit_size):
+            read = partial(read_table, file.path, file.domain, columns, first, last)
+            yield Unit(f"{file.label}[groups {first}:{last}]", size, (read,))
+        return
+    size = file.stat.st_size
+    whole = bool(compression) or size <= unit_size
+    read = (
+        partial(read_text, file.path, file.domain, lone=file.lone and whole)
+        if kind == "text"
+        else partial(read_json_lines, file.path, file.domain, columns)
+    )
+    if whole:
+        yield Unit(file.label, size, (read,))
+        return
+    for start in range(0, size, unit_size):
+        stop = min(start + unit_size, size)
+        yield Unit(f"{file.label}[{start}:{stop}]", stop - start, (partial(read, start=start, stop=stop),))
