@@ -12,10 +12,12 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from himoe.errors import ConfigError
 from himoe.models.attention import Attention, visible
 from himoe.models.cache import Buffer, KVCache
+from himoe.models.recompute import CONTEXTS
 from himoe.nn import MoE
 from himoe.types import Routing
 
@@ -32,6 +34,7 @@ class Block(nn.Module):
         self.attention = attention
         self.feed_forward_norm = nn.RMSNorm(dim, eps=1e-6)
         self.feed_forward = feed_forward
+        self.recompute = "none"
 
     def forward(
         self,
@@ -42,6 +45,19 @@ class Block(nn.Module):
         cache: tuple[Buffer, Buffer] | None = None,
     ) -> tuple[Float[Tensor, "B S D"], Routing | None]:
         """Return the new residual stream and the routing, None for a dense layer."""
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return self._run(x, seen, mask, token_ids, cache)
+        keep = CONTEXTS[self.recompute]
+        return checkpoint(self._run, x, seen, mask, token_ids, use_reentrant=False, context_fn=keep)  # type: ignore[return-value]
+
+    def _run(
+        self,
+        x: Tensor,
+        seen: Tensor | None,
+        mask: Tensor | None,
+        token_ids: Tensor,
+        cache: tuple[Buffer, Buffer] | None = None,
+    ) -> tuple[Tensor, Routing | None]:
         x = x + self.attention(self.attention_norm(x), seen, cache)
         normed = self.feed_forward_norm(x)
         if isinstance(self.feed_forward, MoE):
@@ -151,6 +167,23 @@ class DecoderLM(nn.Module):
             if routing is not None:
                 routings.append(routing)
         return self.head(self.norm(x)), routings
+
+    @property
+    def recompute(self) -> str:
+        """How much of the forward pass is computed again in backward: `none`, `selective` or `full`; can be set."""
+        return self.blocks[0].recompute  # type: ignore[return-value]
+
+    @recompute.setter
+    def recompute(self, mode: str) -> None:
+        if mode not in ("none", *CONTEXTS):
+            raise ConfigError(f"recompute = {mode!r} must be none, {' or '.join(CONTEXTS)}")
+        for block in self.blocks:
+            block.recompute = mode  # type: ignore[assignment]
+
+    def compile_blocks(self) -> None:
+        """Compile every layer in place; names in the state dict stay, so checkpoints remain interchangeable."""
+        for block in self.blocks:
+            block.compile()
 
     def moe_layer_indices(self) -> list[int]:
         """Return which layers are MoE, in the order of the routings."""

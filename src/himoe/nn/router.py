@@ -11,6 +11,7 @@ from himoe.balance import Balancer
 from himoe.errors import ConfigError
 from himoe.functional import scores as score_functions
 from himoe.functional.precision import accumulation_dtype, without_autocast
+from himoe.nn.saved_routing import saved_routing
 from himoe.types import RouterContext, Routing
 
 ScoreFunction = Callable[[Tensor], Tensor]
@@ -91,6 +92,7 @@ class Router(nn.Module):
             expert_ids, selected = self.selector(choice.detach(), context)
             if mask is not None:
                 selected = selected & mask[:, None]
+            expert_ids, selected = saved_routing(expert_ids, selected)
             weights = self._weights(scores, expert_ids, selected)
         return Routing(logits, scores, expert_ids, weights, selected, selected, context)
 
