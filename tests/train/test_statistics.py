@@ -46,7 +46,8 @@ def test_two_steps_by_hand():
     assert two["cv_window"] == pytest.approx((3 * 0.25**2 + 0.75**2) ** 0.5 / 2 / 0.75)
     assert one["group_mass"] == pytest.approx((0.5 + 0.5 + 1) / 3)
     assert two["concentration"] == pytest.approx((0.5 + 0.75 + 0.75) / 3)
-    assert statistics.window_max_vio() == pytest.approx(2 / 0.75 - 1)
+    assert one["effective_experts"] == pytest.approx(3 / 2 ** (2 / 3))  # of the shares 2/3, 0, 0, 1/3
+    assert one["dead_experts"] == [1, 2] and two["dead_experts"] == [3]
 
 
 def test_an_interval_ends_and_the_window_goes_on():
@@ -78,7 +79,7 @@ def test_a_capacity_limit_cannot_hide_an_imbalance():
     step(statistics, [routing([[0], [0], [0], [1]], FLAT * 4, kept=kept)])
     (layer,) = statistics.read()
     assert layer["load"] == [1, 1, 0, 0] and layer["drop_rate"] == 0.5
-    assert layer["max_vio_batch"] == layer["max_vio_window"] == statistics.window_max_vio() == 2  # of 3 1 0 0
+    assert layer["max_vio_batch"] == layer["max_vio_window"] == 2  # of 3 1 0 0
     assert layer["cv_window"] == pytest.approx(1.5**0.5)
     statistics.start_interval()
     assert statistics.read()[0]["drop_rate"] == 0

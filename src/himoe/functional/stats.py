@@ -77,9 +77,14 @@ def normalized_entropy(load: Load) -> Float[Tensor, "*batch"]:
     return effective_experts(load).log() / torch.tensor(float(num_experts), dtype=torch.float64).log()
 
 
+def is_dead(load: Load, threshold: float = 0.01) -> Bool[Tensor, "*batch E"]:
+    """Which experts have a load under `threshold` of the fair share."""
+    return _relative(load) < threshold
+
+
 def dead_experts(load: Load, threshold: float = 0.01) -> Int[Tensor, "*batch"]:
     """Number of experts whose load is under `threshold` of the fair share."""
-    return (_relative(load) < threshold).sum(-1)
+    return is_dead(load, threshold).sum(-1)
 
 
 def straggler(load: Load, num_ranks: int) -> Float[Tensor, "*batch"]:

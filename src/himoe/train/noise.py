@@ -39,8 +39,7 @@ class NoiseScale:
     first.backward()
     noise.first_micro_batch()
     rest.backward()
-    norm = clip_grad_norm_(parameters, 1.0)
-    noise.whole_step(norm)
+    noise.whole_step(get_total_norm(p.grad for p in parameters))  # before clipping
     ```
     """
 
@@ -63,7 +62,7 @@ class NoiseScale:
 
     @torch.no_grad()
     def whole_step(self, norm: Tensor) -> None:
-        """Add a measurement: `norm` is that of the whole step's gradient, before clipping."""
+        """Add a measurement, given the norm of the whole step's gradient."""
         if self._first is None:
             return
         big, small, square = self._big, self._small, norm.double().square()

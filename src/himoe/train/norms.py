@@ -84,6 +84,12 @@ class RoleNorms:
         device = next(iter(self._parameters.values()))[0].device
         self._measured = torch.stack([row.to(device) for row in rows])
 
+    @property
+    def gradient(self) -> Tensor:
+        """Norm of the gradient of all roles together, as last measured, on the device."""
+        assert self._measured is not None, "measure() comes first"
+        return self._measured[0::2].norm()
+
     def read(self) -> dict[str, dict[str, float]] | None:
         """Return `{role: {"grad": …, "weight": …}}` as last measured, once; None when nothing was measured since."""
         if self._measured is None:

@@ -76,10 +76,6 @@ class Statistics:
         self._steps += 1
         self._interval_steps += 1
 
-    def window_max_vio(self) -> float | None:
-        """Return the largest MaxVio of any layer over the window; None for a model without MoE layers."""
-        return float(stats.max_vio(self._window.sum(0)).max()) if self.layer_indices else None
-
     def read(self) -> list[dict[str, Any]]:
         """Return one record per layer as load.jsonl stores it: the interval's loads and means, the window's metrics."""
         if not self.layer_indices:
@@ -88,16 +84,25 @@ class Statistics:
         steps, micro_batches = max(1, self._interval_steps), max(1, self._interval_micro_batches)
         kept, selected = (sums[name].sum(-1).double() for name in ("kept", "selected"))
         columns = {
-            "load": sums["kept"],
             "drop_rate": (selected - kept) / selected.clamp(min=1),
             "max_vio_batch": sums["max_vio"] / steps,
             "max_vio_window": stats.max_vio(window),
             "cv_window": stats.coefficient_of_variation(window),
+            "effective_experts": stats.effective_experts(window),
             "group_mass": sums["group_mass"] / micro_batches,
             "concentration": sums["concentration"] / micro_batches,
         }
-        rows = zip(self.layer_indices, *(column.tolist() for column in columns.values()), strict=True)
-        return [dict(zip(("layer", *columns), row, strict=True)) for row in rows]
+        lists = torch.stack([sums["kept"], stats.is_dead(window)]).tolist()  # this and the next wait for the device
+        rows = torch.stack(list(columns.values()), dim=-1).tolist()
+        return [
+            {
+                "layer": layer,
+                "load": load,
+                **dict(zip(columns, row, strict=True)),
+                "dead_experts": [expert for expert, is_dead in enumerate(dead) if is_dead],
+            }
+            for layer, load, dead, row in zip(self.layer_indices, *lists, rows, strict=True)
+        ]
 
     def start_interval(self) -> None:
         """Begin the next interval; the window goes on."""
