@@ -2,82 +2,155 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from himoe import run_folder
 from himoe.build import build_model
 from himoe.config import Config
 from himoe.data import Corpus, Tokenizer, load_tokenizer, prepare
-from himoe.data.sources import read_source
-from himoe.errors import CheckpointError, DataError, RunFolderError
+from himoe.data.sources import read_source, read_sources
+from himoe.errors import CheckpointError, ConfigError, DataError, RunFolderError
+from himoe.functional.groups import Groups
 from himoe.models import DecoderLM
 from himoe.train.checkpoint import list_checkpoints, load_checkpoint, load_model_tensors, newest_whole
 from himoe.train.environment import best_device
-from himoe.train.evaluate import Text, evaluate_domains
+from himoe.train.evaluate import Reading, evaluate_domains, evaluate_pieces
 from himoe.train.progress import preparing
+from himoe.train.texts import Text, source_pieces, token_pieces
+from himoe.train.usage import Usage
 
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A trained model with what is needed to use it."""
+    """A trained model with what is needed to use it; `weights` says which it has: "averaged" or "trained"."""
 
     config: Config
     tokenizer: Tokenizer
     model: DecoderLM
     checkpoint: Path
     step: int
+    weights: str
 
 
-def load_run(run: Path, checkpoint: str | None = None) -> LoadedRun:
+def load_run(run: Path, checkpoint: str | None = None, *, ema: bool = True) -> LoadedRun:
     """Load the model of a run folder, in eval mode.
-
-    `checkpoint` is a name under `run/checkpoints`, such as "step-00000100"; None is the newest whole one. Raises
-    RunFolderError or CheckpointError when something is missing, damaged or foreign.
-    """
-    config = Config.model_validate(run_folder.read_json(run / "config.json"))
-    folder = run / run_folder.CHECKPOINTS
-    if not (known := list_checkpoints(folder)):
-        raise RunFolderError(f"{run} has no checkpoint yet; train on with --resume")
-    path = folder / checkpoint if checkpoint else newest_whole(folder)[0]
-    if path not in known:
-        raise CheckpointError(f"{checkpoint} does not exist; there are {', '.join(one.name for one in known)}")
-    saved = load_checkpoint(path)
-    tokenizer = load_tokenizer(run / "tokenizer.json")
-    model = build_model(config, tokenizer.vocab_size)
-    load_model_tensors(model, saved.model, path)
-    return LoadedRun(config, tokenizer, model.to(best_device()).eval(), path, saved.state["step"])
-
-
-def evaluate(
-    run: Path, *, data: Path | None = None, checkpoint: str | None = None, console: Console | None = None
-) -> dict[str, Any]:
-    """Score a run's model on its own held-out text, or on all of another; return domains, loss and bits per byte.
 
     Args:
         run: the run folder.
-        data: a text file or folder, split into domains as for training; None is the run's own held-out text.
-        checkpoint: as for `load_run`.
-        console: where notes go; standard error when None.
+        checkpoint: a name under `run/checkpoints`, such as "step-00000100"; "best" is the one with the fewest bits per
+            byte in an evaluation during training, "last" and None the newest whole one.
+        ema: take the averaged weights (`train.ema_decay`) where the run has them.
+
+    Raises RunFolderError or CheckpointError when something is missing, damaged or foreign.
     """
-    loaded = load_run(run, checkpoint)
+    config = Config.model_validate(run_folder.read_json(run / "config.json"))
+    path = _find_checkpoint(run, checkpoint)
+    saved = load_checkpoint(path)
+    tokenizer = load_tokenizer(run / "tokenizer.json")
+    model = build_model(config, tokenizer.vocab_size)
+    averaged = _average(path) if ema else {}
+    load_model_tensors(model, {**saved.model, **averaged}, path)
+    weights = "averaged" if averaged else "trained"
+    return LoadedRun(config, tokenizer, model.to(best_device()).eval(), path, saved.state["step"], weights)
+
+
+def _average(checkpoint: Path) -> dict[str, Tensor]:
+    """Return the averaged weights of a checkpoint; none where the run kept no average."""
+    file = checkpoint / "ema.safetensors"
+    return load_file(file) if file.exists() else {}
+
+
+def _find_checkpoint(run: Path, name: str | None) -> Path:
+    folder = run / run_folder.CHECKPOINTS
+    if not (known := list_checkpoints(folder)):
+        raise RunFolderError(f"{run} has no checkpoint yet; train on with --resume")
+    path = newest_whole(folder)[0] if name in (None, "last") else folder / name
+    if path not in known:
+        raise CheckpointError(f"{name} does not exist; there are {', '.join(one.name for one in known)}")
+    return path
+
+
+def evaluate(
+    run: Path,
+    *,
+    data: Path | Mapping[str, Path] | None = None,
+    text_column: str = "text",
+    domain_column: str | None = None,
+    checkpoint: str | None = None,
+    ema: bool = True,
+    seq_len: int | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Score a run's model on its own held-out text, or on all of another; return what docs/evaluation.md describes.
+
+    Args:
+        run: the run folder.
+        data: text in any form that `himoe prepare` reads, or several such by domain, read as it is scored, however
+            long; of a folder that `himoe prepare` wrote, the held-out part. None is the run's own held-out text.
+        text_column: field or column of `data` that holds a document.
+        domain_column: the one that names its domain; None: domains are files or folders.
+        checkpoint: as for `load_run`.
+        ema: as for `load_run`.
+        seq_len: tokens per window; None is as in training.
+        console: where notes go; standard error when None.
+
+    Raises HimoeError for whatever a user can mend.
+    """
+    if seq_len is not None and seq_len < 1:
+        raise ConfigError(f"--seq-len is {seq_len}; it must be at least 1")
+    console = console or Console(stderr=True)
+    loaded = load_run(run, checkpoint, ema=ema)
     set_threads(loaded.config)
-    baselines = {}
+    texts, baselines, source = {}, {}, None
     if data is None:
-        env = run_folder.read_env(run)
-        corpus, baselines = load_corpus(loaded.config, console or Console(stderr=True)), env["baselines"]
-        if corpus.hash != env["data"].get("hash"):
-            raise DataError(f"the text that {run} was trained on has changed since; name a text to score with --data")
-        texts = held_out(corpus)
+        texts, baselines = _own_text(run, loaded, console)
+    elif isinstance(data, Path) and (data / "corpus.json").is_file():
+        texts = _prepared_text(run, loaded, data)
+    elif isinstance(data, Path):
+        source = read_source(data, text_column=text_column, domain_column=domain_column)
     else:
-        texts = {name: Text.encode(documents, loaded.tokenizer) for name, documents in read_source(data).load().items()}
-    result = score(loaded.config, loaded.model, loaded.tokenizer, texts)
+        source = read_sources(data, text_column=text_column)
+    reading = _reading(loaded.config, loaded.tokenizer, seq_len)
+    with console.status("evaluating") as status:  # draws nothing where there is no terminal
+
+        def progress(done: float) -> None:
+            status.update(f"evaluating {done:.0%}")
+
+        pieces = source_pieces(source, loaded.tokenizer, progress) if source else token_pieces(texts, progress)
+        result = evaluate_pieces(loaded.model, pieces, reading, partial(_new_usage, loaded))
     domains = with_baselines(result.pop("domains"), baselines, texts)
-    return {"run": str(run), "checkpoint": loaded.checkpoint.name, "step": loaded.step, "domains": domains, **result}
+    about = {"run": str(run), "checkpoint": loaded.checkpoint.name, "step": loaded.step, "weights": loaded.weights}
+    return {**about, "seq_len": reading.seq_len, "domains": domains, **result}
+
+
+def _own_text(run: Path, loaded: LoadedRun, console: Console) -> tuple[dict[str, Text], dict[str, Any]]:
+    """Return the held-out text of a run, and its baselines; raises DataError when it has changed since."""
+    env = run_folder.read_env(run)
+    corpus = load_corpus(loaded.config, console)
+    if corpus.hash != env["data"].get("hash"):
+        raise DataError(f"the text that {run} was trained on has changed since; name a text to score with --data")
+    return held_out(corpus), env["baselines"]
+
+
+def _prepared_text(run: Path, loaded: LoadedRun, data: Path) -> dict[str, Text]:
+    """Return the held-out part of prepared text; raises DataError when another tokenizer prepared it."""
+    corpus = prepare(data)
+    if corpus.tokenizer.hash != loaded.tokenizer.hash:
+        raise DataError(f"{data} was prepared with another tokenizer than that of {run}; give the text itself")
+    return held_out(corpus)
+
+
+def _new_usage(loaded: LoadedRun) -> Usage:
+    moe = loaded.config.moe
+    groups = Groups.of(moe.groups or moe.num_groups, moe.num_experts)
+    return Usage(loaded.model.moe_layer_indices(), groups, best_device())
 
 
 def load_corpus(config: Config, console: Console) -> Corpus:
@@ -95,19 +168,25 @@ def load_corpus(config: Config, console: Console) -> Corpus:
 
 def held_out(corpus: Corpus) -> dict[str, Text]:
     """Return each domain's held-out text."""
-    return {name: Text(file.tokens, file.num_bytes) for name, file in corpus.held_out.items()}
+    return {name: Text(stream, stream.num_bytes) for name, stream in corpus.held_out.items()}
 
 
 def score(config: Config, model: nn.Module, tokenizer: Tokenizer, texts: Mapping[str, Text]) -> dict[str, Any]:
-    """Evaluate every domain as `config` trains: its windows, micro-batches and precision."""
+    """Evaluate every domain as `config` trains: its windows, borders, micro-batches and precision."""
+    return evaluate_domains(model, texts, _reading(config, tokenizer))
+
+
+def _reading(config: Config, tokenizer: Tokenizer, seq_len: int | None = None) -> Reading:
     settings = config.train
-    return evaluate_domains(
-        model,
-        texts,
-        start_token=tokenizer.end_of_document,
-        seq_len=settings.seq_len,
-        batch_size=settings.batch_size // settings.accumulate,
+    micro_batch = settings.batch_size // settings.accumulate
+    length = seq_len or settings.seq_len
+    return Reading(
+        tokenizer.end_of_document,
+        seq_len=length,
+        batch_size=max(1, micro_batch * settings.seq_len // length),
         precision=settings.precision,
+        cross_documents=config.data.cross_documents,
+        byte_lengths=tokenizer.byte_lengths,
     )
 
 

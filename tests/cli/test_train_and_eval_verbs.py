@@ -35,23 +35,18 @@ SUMMARY = {
 @pytest.fixture
 def calls(monkeypatch, tmp_path):
     """Put a stand-in for the run in place, in an empty working directory; return what it is called with."""
-    made = SimpleNamespace(summary=dict(SUMMARY), train=None, evaluate=None, report=None)
+    made = SimpleNamespace(summary=dict(SUMMARY), train=None, report=None)
 
     def train(config, **given):
         made.train = {"config": config, **given}
         given["console"].print("progress")
         return made.summary
 
-    def evaluate(run, **given):
-        made.evaluate = {"run": run, **given}
-        return {"run": str(run), "domains": {"code": {"bits_per_byte": 1.75, "perplexity": 12.0, "loss": 2.48}}}
-
     def write_report(run, out=None):
         made.report = (run, out)
         return out or run / "report.html"
 
     monkeypatch.setitem(sys.modules, "himoe.run", SimpleNamespace(train=train))
-    monkeypatch.setitem(sys.modules, "himoe.trained", SimpleNamespace(evaluate=evaluate))
     monkeypatch.setitem(sys.modules, "himoe.report", SimpleNamespace(write_report=write_report))
     monkeypatch.chdir(tmp_path)
     return made
@@ -208,20 +203,6 @@ def test_resume_refuses_what_would_change_the_run(calls, capsys, extra, named):
     assert main(["train", "--resume", *extra]) == 2
     assert f"--resume takes everything from the run folder; leave {named} out" in capsys.readouterr().err
     assert calls.train is None
-
-
-def test_eval_prints_its_table_or_json(calls, capsys):
-    run = store_run("runs/a", finished=True)
-    assert main(["eval", str(run), "--data", "letters", "--checkpoint", "step-00000010"]) == 0
-    made = calls.evaluate
-    assert (made["run"], made["data"], made["checkpoint"]) == (run, Path("letters"), "step-00000010")
-    text = capsys.readouterr().out
-    assert "code" in text
-    assert "1.750" in text
-    assert "bigram" not in text  # unknown for other text
-    assert main(["eval", str(run), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["domains"]["code"]["bits_per_byte"] == 1.75
-    assert (calls.evaluate["data"], calls.evaluate["checkpoint"]) == (None, None)
 
 
 def test_report_prints_where_the_page_is(calls, capsys):

@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import himoe
 from himoe.balance import Switch, TwoLevelTerms
 from himoe.functional import stats
-from himoe.train.evaluate import Text, evaluate
+from himoe.train.evaluate import Reading, evaluate
 from himoe.train.optimizer import build_optimizer, decay_groups
+from himoe.train.texts import Text
 
 pytestmark = pytest.mark.filterwarnings("ignore::himoe.errors.HimoeWarning")
 
@@ -27,7 +28,7 @@ def test_evaluation_loss_is_cross_entropy_and_moves_nothing(name):
             module.lambda_intra = module.lambda_inter = 1e6
     before, generator = state_of(model), torch.get_rng_state()
     tokens = token_ids(1, 24).numpy().ravel()
-    score = evaluate(model, Text(tokens, 24), start_token=0, seq_len=24, batch_size=2)
+    score = evaluate(model, Text(tokens, 24), Reading(0, seq_len=24, batch_size=2, cross_documents=True)).total
     inputs = torch.from_numpy(np.concatenate([[0], tokens[:-1]]))[None]
     with torch.no_grad():
         logits, _ = model.eval()(inputs)

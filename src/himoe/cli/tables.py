@@ -27,6 +27,71 @@ def print_summary(console: Console, summary: Mapping[str, Any], run: Path) -> No
         console.print(f"{name:<12} {escape(fact)}", highlight=False, soft_wrap=True)
 
 
+def print_evaluation(console: Console, result: Mapping[str, Any]) -> None:
+    """Print what an evaluation found: domains, the length of text that helps, the use of the experts."""
+    which = {"averaged": ", averaged weights", "trained": ""}[result["weights"]]
+    console.print(
+        f"[bold]{escape(result['run'])}[/bold], {result['checkpoint']}{which}, {result['seq_len']:,} tokens at once\n",
+        highlight=False,
+        soft_wrap=True,
+    )
+    print_domains(console, result)
+    _print_buckets(console, result)
+    _print_usage(console, result)
+
+
+def _print_buckets(console: Console, result: Mapping[str, Any]) -> None:
+    """Print bits per byte by context and by document length; nothing where all tokens are alike."""
+    context, length = ({row["from"]: row for row in result[key]} for key in ("by_context", "by_length"))
+    if len(context) < 2 and len(length) < 2:
+        return
+    console.print("[bold]Bits per byte by number of tokens[/bold]", highlight=False)
+    table = _table("tokens", ["seen before", "share", "in the document", "share"])
+    ends = {row["from"]: row["to"] for row in [*result["by_context"], *result["by_length"]]}
+    total = sum(row["tokens"] for row in context.values())
+    for first, last in sorted(ends.items()):
+        cells = []
+        for rows in (context, length):
+            row = rows.get(first)
+            cells += [_number(row["bits_per_byte"]), f"{100 * row['tokens'] / total:.0f} %"] if row else ["–", ""]
+        table.add_row(f"{first:,}–{last:,}", *cells)
+    console.print(table)
+    console.print("seen before: tokens of the same document that the model saw first.", style="dim")
+    console.print()
+
+
+def _print_usage(console: Console, result: Mapping[str, Any]) -> None:
+    """Print how evenly this text used the experts of each layer, and what they tell about the domains."""
+    layers = result.get("layers")
+    if not layers:
+        return
+    domains = {name: {row["layer"]: row for row in one["layers"]} for name, one in result["domains"].items()}
+    several = len(domains) > 1
+    columns = ["MaxVio", "CV", "effective", "dead"] + ["MaxVio, worst domain", "I", "I, floor"] * several
+    console.print("[bold]Use of the experts on this text[/bold]", highlight=False)
+    table = _table("layer", columns)
+    for layer in layers:
+        number = layer["layer"]
+        cells = [_number(layer["max_vio_global"]), _number(layer["cv_global"])]
+        cells += [f"{layer['effective_experts']:.1f}", str(len(layer["dead_experts"]))]
+        if several:
+            name, worst = max(domains.items(), key=lambda one: one[1][number]["max_vio_global"])
+            cells.append(f"{escape(name)} {worst[number]['max_vio_global']:.3f}")
+            cells += [_number(layer[f"domain_information{which}"]) for which in ("", "_floor")]
+        table.add_row(str(number), *cells)
+    console.print(table)
+    experts = len(layers[0]["load"])
+    console.print("MaxVio: busiest expert over the mean, less 1. CV: deviation over the mean.", style="dim")
+    console.print(
+        f"effective: {experts} when all {experts} are used alike. dead: under 1 % of a fair share.", style="dim"
+    )
+    if several:
+        most = layers[0]["domain_information_maximum"]
+        console.print(f"I: bits that an expert tells of the domain, at most {most:.2f};", style="dim", highlight=False)
+        console.print("at or under the floor it may be chance.", style="dim")
+    console.print()
+
+
 def print_domains(console: Console, result: Mapping[str, Any]) -> None:
     """Print bits per byte and perplexity of each domain, against byte statistics where they are known."""
     if not result["domains"]:  # stopped before the first evaluation

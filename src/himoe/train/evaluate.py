@@ -1,155 +1,190 @@
 """Held-out loss per domain: pure cross-entropy, never with auxiliary terms.
 
 A text is read as windows that overlap by one token, so every token is predicted exactly once; the end-of-document token
-stands before the first one, as it does in training between documents. The last window is padded, and its padding masked
-out of the loss and of the routing. Bits per byte are the nats of all tokens (end-of-document tokens included) / ln 2 /
-the UTF-8 bytes of the text they encode, so that tokenizers compare.
+stands before the first one, as it does in training between documents. Attention stays inside a document unless training
+let it cross. The last window is padded, and its padding masked out of the loss and of the routing. Bits per byte are
+the nats of all tokens (end-of-document tokens included) / ln 2 / the UTF-8 bytes of the text they encode, so that
+tokenizers compare.
+
+A text may come piece by piece and be longer than memory: at most one batch of each domain waits.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from himoe.data import Tokenizer
 from himoe.errors import HimoeError
+from himoe.train.scores import Buckets, Score, TextScore
+from himoe.train.texts import Piece, Text, token_pieces
+from himoe.train.usage import Usage, domain_information
+from himoe.types import Routing
 
 
 @dataclass(frozen=True)
-class Text:
-    """Token ids of one domain and the number of UTF-8 bytes they encode."""
-
-    tokens: np.ndarray
-    num_bytes: int
-
-    @classmethod
-    def encode(cls, documents: Sequence[str], tokenizer: Tokenizer) -> "Text":
-        """Encode documents, each followed by the end-of-document token, as a token file holds them."""
-        ids = [np.array([*ids, tokenizer.end_of_document]) for ids in tokenizer.encode_batch(documents)]
-        return cls(np.concatenate(ids), sum(len(document.encode()) for document in documents))
-
-    def prefix(self, num_tokens: int | None, byte_lengths: np.ndarray) -> "Text":
-        """Return the first `num_tokens` tokens, all for None; `byte_lengths[id]` are the bytes of each token.
-
-        >>> Text(np.array([1, 0, 1]), 5).prefix(2, np.array([1, 2])).num_bytes
-        3
-        """
-        if num_tokens is None or num_tokens >= len(self.tokens):
-            return self
-        first = self.tokens[:num_tokens]
-        return Text(first, int(byte_lengths[first].sum()))
-
-
-@dataclass(frozen=True)
-class Score:
-    """Total nats over a text.
-
-    >>> score = Score(nats=2 * math.log(2), tokens=2, num_bytes=1)
-    >>> round(score.perplexity, 12), score.bits_per_byte
-    (2.0, 2.0)
-    """
-
-    nats: float
-    tokens: int
-    num_bytes: int
-
-    @property
-    def loss(self) -> float:
-        """Nats per token."""
-        return self.nats / self.tokens
-
-    @property
-    def perplexity(self) -> float:
-        """exp(nats per token)."""
-        return math.exp(min(self.loss, 700.0))  # beyond it there is no finite number, and JSON has no other
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Bits per UTF-8 byte of the text."""
-        return self.nats / math.log(2) / self.num_bytes
-
-    def __add__(self, other: "Score") -> "Score":
-        return Score(self.nats + other.nats, self.tokens + other.tokens, self.num_bytes + other.num_bytes)
-
-    def record(self) -> dict[str, float]:
-        """Return what the run folder stores of a domain."""
-        return {
-            "loss": self.loss,
-            "perplexity": self.perplexity,
-            "bits_per_byte": self.bits_per_byte,
-            "tokens": self.tokens,
-            "bytes": self.num_bytes,
-        }
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    text: Text,
-    *,
-    start_token: int,
-    seq_len: int,
-    batch_size: int,
-    precision: str = "fp32",
-) -> Score:
-    """Score one text in eval mode; the model's mode is restored, no state and no generator moves.
+class Reading:
+    """How a text is read.
 
     Args:
-        model: `(token_ids (B, S), mask (B, S) or None) → (logits (B, S, V), routings)`.
-        text: what to predict.
-        start_token: the id before the first token, the end-of-document token.
+        end_of_document: the id after every document, which also stands before the first token.
         seq_len: S, tokens per window.
         batch_size: B, windows per forward pass.
         precision: "fp32", or "bf16" for bf16 autocast.
+        cross_documents: let attention see earlier documents of the same window.
+        byte_lengths: (V,) UTF-8 bytes of every token, for bits per byte by context and by document length.
+    """
 
+    end_of_document: int
+    seq_len: int
+    batch_size: int
+    precision: str = "fp32"
+    cross_documents: bool = False
+    byte_lengths: np.ndarray | None = None
+
+
+def evaluate(model: nn.Module, text: Text, reading: Reading) -> TextScore:
+    """Score one text in eval mode; the model's mode is restored, no state and no generator moves.
+
+    `model` is `(token_ids (B, S), mask (B, S) or None, document_ids=(B, S) or None) → (logits (B, S, V), routings)`.
     Raises HimoeError when the loss is not finite.
     """
-    device, was_training = next(model.parameters()).device, model.training
-    nats = torch.zeros((), dtype=torch.float64, device=device)
-    model.eval()
-    try:
-        for first in range(0, len(text.tokens), batch_size * seq_len):
-            inputs, targets, mask = _windows(text.tokens, first, batch_size * seq_len, start_token, seq_len)
-            targets = targets.to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                logits, _ = model(inputs.to(device), None if mask is None else mask.to(device))
-            nats += F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100)
-    finally:
-        model.train(was_training)
-    score = Score(float(nats), len(text.tokens), text.num_bytes)
-    if not math.isfinite(score.nats):
-        raise HimoeError(f"the held-out loss is {score.nats}: the weights have diverged; lower train.learning_rate")
-    return score
+    return _Evaluation(model, reading).read(token_pieces({"": text})).scores[""]
 
 
-def _windows(
-    tokens: np.ndarray, first: int, count: int, start_token: int, seq_len: int
-) -> tuple[Int[Tensor, "B S"], Int[Tensor, "B S"], Bool[Tensor, "B S"] | None]:
-    """Return inputs, targets and mask for the prediction of tokens `first` … `first + count − 1` (or the end)."""
-    targets = torch.from_numpy(tokens[first : first + count].astype(np.int64))
-    previous = tokens[max(0, first - 1) : first + len(targets) - 1].astype(np.int64)
-    inputs = torch.from_numpy(previous if first else np.concatenate([[start_token], previous]))
-    padding = -len(targets) % seq_len
-    mask = F.pad(torch.ones_like(targets, dtype=torch.bool), (0, padding)).view(-1, seq_len) if padding else None
-    inputs = F.pad(inputs, (0, padding), value=start_token).view(-1, seq_len)
-    return inputs, F.pad(targets, (0, padding), value=-100).view(-1, seq_len), mask
+def evaluate_domains(model: nn.Module, texts: Mapping[str, Text], reading: Reading) -> dict[str, Any]:
+    """Score every domain; return what an evaluation line of a run folder holds (docs/run-folder.md)."""
+    return _Evaluation(model, reading).read(token_pieces(texts)).record()
 
 
-def evaluate_domains(model: nn.Module, texts: Mapping[str, Text], **how: Any) -> dict[str, Any]:
-    """Score every domain; return `{"domains": {name: record}, "loss", "bits_per_byte"}`, the last two over all text.
+def evaluate_pieces(
+    model: nn.Module, pieces: Iterable[Piece], reading: Reading, new_usage: Callable[[], Usage]
+) -> dict[str, Any]:
+    """Score text as it comes, its domains in any order, with all details: per domain and of the experts' use.
 
-    `how` goes to `evaluate`.
+    Returns the dictionary of `evaluate_domains`, with `by_context`, `by_length` and `layers` in every domain, and
+    `layers` for all of them together.
     """
-    scores = {name: evaluate(model, text, **how) for name, text in texts.items()}
-    total = sum(scores.values(), Score(0.0, 0, 0))
-    return {
-        "domains": {name: score.record() for name, score in scores.items()},
-        "loss": total.loss,
-        "bits_per_byte": total.bits_per_byte,
-    }
+    evaluation = _Evaluation(model, reading, new_usage).read(pieces)
+    result = evaluation.record()
+    for name, score in evaluation.scores.items():
+        details = {"by_context": score.by_context.records(), "by_length": score.by_length.records()}
+        result["domains"][name] |= {**details, "layers": evaluation.usages[name].records()}
+    together = sum(evaluation.usages.values(), new_usage())
+    information = domain_information(evaluation.usages)
+    result["layers"] = [{**row, **more} for row, more in zip(together.records(), information, strict=True)]
+    return result
+
+
+class _Evaluation:
+    """The domains of one evaluation."""
+
+    def __init__(self, model: nn.Module, reading: Reading, new_usage: Callable[[], Usage] | None = None) -> None:
+        self.model, self.reading, self.new_usage = model, reading, new_usage
+        self.scores: dict[str, TextScore] = {}
+        self.usages: dict[str, Usage] = {}
+
+    @torch.no_grad()
+    def read(self, pieces: Iterable[Piece]) -> "_Evaluation":
+        windows: dict[str, _Windows] = {}
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            for name, tokens, num_bytes in pieces:
+                if name not in windows:
+                    self.scores[name] = TextScore(self.reading.end_of_document, self.reading.byte_lengths)
+                    if self.new_usage:
+                        self.usages[name] = self.new_usage()
+                    windows[name] = _Windows(self.model, self.reading, self.scores[name], self.usages.get(name))
+                self.scores[name].num_bytes += num_bytes
+                windows[name].add(tokens)
+            for one in windows.values():
+                one.finish()
+        finally:
+            self.model.train(was_training)
+        for score in self.scores.values():
+            if not math.isfinite(score.nats):
+                raise HimoeError(
+                    f"the held-out loss is {score.nats}: the weights have diverged; lower train.learning_rate"
+                )
+        return self
+
+    def record(self) -> dict[str, Any]:
+        scores = self.scores.values()
+        total = sum((score.total for score in scores), Score(0.0, 0, 0))
+        return {
+            "domains": {name: score.total.record() for name, score in self.scores.items()},
+            "loss": total.loss,
+            "bits_per_byte": total.bits_per_byte,
+            "by_context": sum((score.by_context for score in scores), Buckets()).records(),
+            "by_length": sum((score.by_length for score in scores), Buckets()).records(),
+        }
+
+
+class _Windows:
+    """Cuts one domain's tokens into batches of windows and adds what the model makes of them to its score."""
+
+    def __init__(self, model: nn.Module, reading: Reading, score: TextScore, usage: Usage | None) -> None:
+        self.model, self.reading, self.score, self.usage = model, reading, score, usage
+        self.device = next(model.parameters()).device
+        self._rest = np.empty(0, dtype=np.int64)
+        self._previous = reading.end_of_document
+        self._documents = 0
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Take the next tokens; score every batch that is full."""
+        tokens = np.concatenate([self._rest, tokens])
+        size = self.reading.batch_size * self.reading.seq_len
+        full = len(tokens) // size * size
+        for start in range(0, full, size):
+            self._score(tokens[start : start + size])
+        self._rest = tokens[full:]
+
+    def finish(self) -> None:
+        """Score the tokens of the last, incomplete batch."""
+        if len(self._rest):
+            self._score(self._rest)
+        self._rest = self._rest[:0]
+
+    def _score(self, targets: np.ndarray) -> None:
+        end, seq_len = self.reading.end_of_document, self.reading.seq_len
+        inputs = np.concatenate([[self._previous], targets[:-1]])
+        self._previous = int(targets[-1])
+        real = np.arange(len(inputs) + -len(inputs) % seq_len) < len(inputs)
+        inputs = np.pad(inputs, (0, len(real) - len(inputs)), constant_values=end)
+        starts = (inputs == end) & real  # an end, as input, opens the document that it is followed by
+        nats, routings = self._predict(inputs, targets, real, starts)
+        self.score.add(targets, nats, _context(starts.reshape(-1, seq_len)).ravel()[: len(targets)])
+        if self.usage:
+            numbers = self._documents + np.cumsum(starts)
+            self.usage.observe(routings, torch.from_numpy(numbers).to(self.device))
+            self._documents = int(numbers[-1])
+
+    def _predict(
+        self, inputs: np.ndarray, targets: np.ndarray, real: np.ndarray, starts: np.ndarray
+    ) -> tuple[np.ndarray, list[Routing]]:
+        """Return the nats (N,) of N targets, and the routings."""
+        token_ids, mask, starts_here = (
+            torch.from_numpy(values.reshape(-1, self.reading.seq_len)).to(self.device)
+            for values in (inputs, real, starts)
+        )
+        one_document = self.reading.cross_documents or not starts.reshape(token_ids.shape)[:, 1:].any()
+        document_ids: Tensor | None = None if one_document else starts_here.cumsum(1)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.reading.precision == "bf16"):
+            logits, routings = self.model(token_ids, None if real.all() else mask, document_ids=document_ids)
+        logits = logits.flatten(0, 1)[: len(targets)].float()
+        nats = F.cross_entropy(logits, torch.from_numpy(targets).to(self.device), reduction="none")
+        return nats.double().cpu().numpy(), routings
+
+
+def _context(starts: np.ndarray) -> np.ndarray:
+    """Return how many tokens of the predicted token's document stand before it in its window, for windows (B, S).
+
+    `starts` marks the inputs that open a document; they are no tokens of it.
+    """
+    places = np.arange(starts.shape[1])
+    return places - np.maximum.accumulate(np.where(starts, places, -1), axis=1)
