@@ -5,11 +5,12 @@
 - `prose`: Python's reference topics, and docstrings of packages that are not part of `code`.
 
 Files are read, never imported. Text that mostly repeats lines met elsewhere is left out, so that what is held out is no
-copy of what is trained on; so are tables of numbers. The corpus follows the versions installed; its hash records it.
+copy of what is trained on; so are tables of numbers. The corpus follows the versions installed.
 """
 
 import ast
 import contextlib
+import hashlib
 import importlib.util
 import inspect
 import os
@@ -49,26 +50,31 @@ BREAK = "\n\n\n"  # between the docstrings of a module; inside one there are nev
 
 def embedded_source() -> Source:
     """Return the embedded corpus as a source; raises `DataError` where this Python has no readable source files."""
-    return Source("embedded", _units, None, minimum_held_out=HELD_OUT)
-
-
-def _units() -> list[Unit]:
-    """Return units that carry their documents: which these are is found over all files together."""
-    texts = _source_texts()
-    for domain, found in texts.items():
-        if sum(map(len, found)) < 4 * HELD_OUT:
+    files = _source_files()
+    digest = hashlib.sha256(repr((RULES, LIMITS)).encode())
+    for domain, found in files.items():
+        stats = [file.stat() for file in found]
+        if domain in LIMITS and sum(stat.st_size for stat in stats) < 4 * HELD_OUT:
             raise DataError(
                 f"the embedded corpus lacks text for {domain!r}: this Python has too few readable source files; "
                 "give your own text with data.path (--data PATH)"
             )
+        for file, stat in zip(found, stats, strict=True):
+            digest.update(repr((domain, str(file), stat.st_size, stat.st_mtime_ns)).encode())
+    return Source("embedded", partial(_units, files), digest.hexdigest(), minimum_held_out=HELD_OUT)
+
+
+def _units(files: dict[str, list[Path]]) -> list[Unit]:
+    """Return units that carry their documents, as which these are is found over all files together."""
     units = []
-    for domain, found in documents(texts).items():
+    for domain, found in documents(_texts(files)).items():
         group: list[tuple[str, str]] = []
         for i, text in enumerate(found):
             group.append((domain, text))
-            size = sum(len(text) for _, text in group)
-            if size >= UNIT or i == len(found) - 1:
-                units.append(Unit(f"{domain} to document {i + 1}", size, (partial(iter, tuple(group)),)))
+            if sum(len(text) for _, text in group) >= UNIT or i == len(found) - 1:
+                label = f"{domain}, documents {i + 2 - len(group)} to {i + 1}"
+                size = sum(len(text.encode()) for _, text in group)
+                units.append(Unit(label, size, (partial(iter, tuple(group)),)))
                 group = []
     return units
 
@@ -116,20 +122,27 @@ def documents(texts: dict[str, list[str]]) -> dict[str, list[str]]:
     }
 
 
-def _source_texts() -> dict[str, list[str]]:
-    """Read the files that every domain is made of, in a fixed order."""
+def _source_files() -> dict[str, list[Path]]:
+    """Return the files that every domain is made of, in a fixed order, and those of packages within `code`."""
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     files = list(_python_files(stdlib))
     tests = [file for file, is_test in files if is_test]
     if sum(file.stat().st_size for file in tests) < LIMITS["tests"] // 4:
         tests += [file for name in TEST_PACKAGES for file in _package(name, tests=True)]
-    packages = [file for name in CODE_PACKAGES for file in _package(name)]
-    prose = [stdlib / "pydoc_data" / "topics.py", *(file for name in PROSE_PACKAGES for file in _package(name))]
+    topics = [file for file in [stdlib / "pydoc_data" / "topics.py"] if file.is_file()]
     return {
-        "code": [*_read(file for file, is_test in files if not is_test), *_bounded(_read(packages), PACKAGES_LIMIT)],
-        "tests": _read(tests),
-        "prose": _read(prose),
+        "code": [file for file, is_test in files if not is_test],
+        "packages": [file for name in CODE_PACKAGES for file in _package(name)],
+        "tests": tests,
+        "prose": [*topics, *(file for name in PROSE_PACKAGES for file in _package(name))],
     }
+
+
+def _texts(files: dict[str, list[Path]]) -> dict[str, list[str]]:
+    """Return the texts of every domain's files."""
+    texts = {domain: _read(found) for domain, found in files.items()}
+    texts["code"] += _bounded(texts.pop("packages"), PACKAGES_LIMIT)
+    return texts
 
 
 def _package(name: str, *, tests: bool = False) -> list[Path]:
