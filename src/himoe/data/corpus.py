@@ -1,48 +1,30 @@
-"""From text to a prepared corpus on disk: split, tokenizer, token files; made once, then opened from the cache.
+"""A prepared corpus on disk, opened: its tokenizer, and the tokens of every domain.
 
-The cache lies under `$HIMOE_CACHE`, else `$XDG_CACHE_HOME/himoe`, else `~/.cache/himoe`, one folder per content: the
-same text with the same settings is found again wherever it lies, and changed text is prepared anew. A folder appears
-only when it is complete, a damaged one is made again, and all of it may be deleted at any time.
+The folder is described by its `corpus.json` and can be moved. Sizes are checked whenever it is opened. Hashes are
+checked too where that is quick; of a large folder once, and again when a file's size or time changes.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import astuple, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-import tokenizers
 
-from himoe.data.embedded import embedded_source
-from himoe.data.sources import Source, read_source
-from himoe.data.split import digest, split_documents
+from himoe.data.scan import Progress
 from himoe.data.shards import TokenFile, TokenStream
-from himoe.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
-from himoe.errors import ConfigError, DataError
+from himoe.data.tokenizer import Tokenizer, load_tokenizer
+from himoe.data.writing import CORPUS, FORMAT, PLAN, SIDES, TOKENIZER, description_hash, drop_leftovers
+from himoe.errors import DataError
+from himoe.run_folder import write_text
 
-FORMAT = 2  # to be raised when the same text would give other files than before
-BPE_SAMPLE = 16 * 2**20  # bytes of training text that the merges are learned from
-BATCH = 4 * 2**20  # bytes of text encoded at a time
-
-Progress = Callable[[str, float], None]  # what is being done, and how much of it, 0 … 1
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """How text becomes a corpus, checked."""
-
-    tokenizer: str
-    vocab_size: int
-    held_out: float
-
-    def __post_init__(self) -> None:
-        if self.tokenizer not in ("bpe", "byte"):
-            raise ConfigError(f"data.tokenizer is {self.tokenizer!r}; allowed are 'bpe' and 'byte'")
+MARK = '"himoe_corpus"'  # stands at the beginning of every corpus.json of ours, and in no text by chance
+QUICK = 64 * 2**20  # bytes of shards whose hashes are checked every time
+NAMED = 5  # damaged files named in an error
 
 
 @dataclass(frozen=True)
@@ -58,47 +40,6 @@ class Corpus:
     folder: Path
 
 
-def prepare(
-    path: Path | None = None,
-    *,
-    tokenizer: str = "bpe",
-    vocab_size: int = 4096,
-    held_out: float = 0.05,
-    cache: Path | None = None,
-    progress: Progress | None = None,
-) -> Corpus:
-    """Return the corpus of a text file or folder, or of the text every Python has where `path` is None.
-
-    `held_out` is the fraction of documents kept from training, `vocab_size` counts only for `tokenizer="bpe"`,
-    `cache` replaces the folder that the environment names.
-    Raises `DataError` for text or a cache folder that cannot be used.
-    """
-    report = progress or (lambda _stage, _done: None)
-    report("read", 0.0)
-    source = embedded_source() if path is None else read_source(Path(path))
-    how = Preparation(tokenizer, vocab_size if tokenizer == "bpe" else 0, held_out)
-    folder = (Path(cache) if cache else cache_folder()) / "corpora" / _key(source, how)[:32]
-    with contextlib.suppress(DataError):
-        return _open(folder, source, how)
-    parts = {
-        domain: split_documents(
-            documents, held_out, minimum_bytes=source.minimum_held_out, where=f"{source.name}, domain {domain}"
-        )
-        for domain, documents in source.load().items()
-    }
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as partial:
-            _build(Path(partial, "corpus"), parts, how, report)
-            _publish(Path(partial, "corpus"), folder, lambda: _open(folder, source, how))
-        return _open(folder, source, how)
-    except OSError as error:
-        raise DataError(
-            f"{folder.parent}: cannot keep the prepared data there: {error.strerror or error}; "
-            "free some space, or let the variable HIMOE_CACHE name another folder"
-        ) from error
-
-
 def cache_folder() -> Path:
     """Return where prepared data is kept: `$HIMOE_CACHE`, `$XDG_CACHE_HOME/himoe` or `~/.cache/himoe`."""
     if named := os.environ.get("HIMOE_CACHE"):
@@ -109,142 +50,142 @@ def cache_folder() -> Path:
         raise DataError("there is no home folder to keep prepared data in; set the variable HIMOE_CACHE") from error
 
 
-def _key(source: Source, how: Preparation) -> str:
-    """Return the hex hash of everything that decides the files of a corpus."""
-    library = tokenizers.__version__ if how.tokenizer == "bpe" else None  # another one may learn other merges
-    decisive = [FORMAT, source.fingerprint, source.minimum_held_out, *astuple(how), library]
-    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
-
-
-def _open(folder: Path, source: Source, how: Preparation) -> Corpus:
-    """Open a prepared folder; raises `DataError` unless every file is there and undamaged."""
-    tokenizer = load_tokenizer(folder / "tokenizer.json")
+def is_prepared(path: Path) -> bool:
+    """Return whether a folder holds a prepared corpus, whole or damaged."""
     try:
-        meta = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
-        domains, expected = list(meta["domains"]), meta["tokenizer"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder}: not a prepared corpus: {error}") from error
-    if tokenizer.hash != expected:
-        raise DataError(f"{folder}: tokenizer.json differs from its recorded hash")
-    return Corpus(
-        name=source.name,
-        hash=hashlib.sha256((_key(source, how) + tokenizer.hash).encode()).hexdigest(),
-        tokenizer=tokenizer,
-        domains=domains,
-        train={domain: _stream(folder / f"train_{i}.tokens") for i, domain in enumerate(domains)},
-        held_out={domain: _stream(folder / f"held_out_{i}.tokens") for i, domain in enumerate(domains)},
-        folder=folder,
+        with (path / CORPUS).open(encoding="utf-8", errors="replace") as file:
+            return MARK in file.read(100)
+    except OSError:
+        return False
+
+
+def is_unfinished(path: Path) -> bool:
+    """Return whether a folder holds a preparation that has not been finished."""
+    return (path / PLAN).is_file() and not is_prepared(path)
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """Return the content of `corpus.json`; raises `DataError` where it is damaged or of another version."""
+    try:
+        found = json.loads((folder / CORPUS).read_text(encoding="utf-8"))
+        version, expected = found["himoe_corpus"], found.pop("sha256")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{folder}: {CORPUS} is damaged ({error}); prepare the data again") from error
+    if version != FORMAT:
+        raise DataError(f"{folder}: prepared in format {version}, this version reads {FORMAT}; prepare the data again")
+    if description_hash(found) != expected:
+        raise DataError(f"{folder}: {CORPUS} differs from its recorded hash; prepare the data again")
+    return found
+
+
+def open_corpus(
+    folder: Path, *, name: str | None = None, report: Progress | None = None, just_written: bool = False
+) -> Corpus:
+    """Open a prepared folder, under another name if one is given; hashes of one just written need no check.
+
+    Raises `DataError` naming what is missing or damaged in it.
+    """
+    description = describe(folder)
+    tokenizer = load_tokenizer(folder / TOKENIZER)
+    if tokenizer.hash != description["tokenizer"]:
+        raise DataError(f"{folder}: {TOKENIZER} differs from its recorded hash; prepare the data again")
+    check_shards(folder, description, hashes="none" if just_written else "unless known", report=report)
+    if (folder / PLAN).exists():  # killed between its last two steps
+        with contextlib.suppress(OSError):
+            drop_leftovers(folder)
+    train, held_out = (
+        {domain: _stream(folder, description, parts[side]) for domain, parts in description["domains"].items()}
+        for side in SIDES
+    )
+    identity = hashlib.sha256((description["key"] + tokenizer.hash).encode()).hexdigest()
+    return Corpus(name or description["name"], identity, tokenizer, list(train), train, held_out, folder)
+
+
+def verify(folder: Path, report: Progress | None = None) -> tuple[int, int]:
+    """Check every byte of a prepared folder; return how many shards it has and their bytes, or raise `DataError`."""
+    description = describe(folder)
+    if load_tokenizer(folder / TOKENIZER).hash != description["tokenizer"]:
+        raise DataError(f"{folder}: {TOKENIZER} differs from its recorded hash; prepare the data again")
+    return check_shards(folder, description, hashes="all", report=report)
+
+
+def check_shards(
+    folder: Path,
+    description: dict[str, Any],
+    *,
+    hashes: Literal["all", "unless known", "none"],
+    report: Progress | None = None,
+) -> tuple[int, int]:
+    """Check the sizes and, as `hashes` says, the contents of all shards; return their number and bytes.
+
+    Raises `DataError` naming the damaged shards.
+    """
+    width = np.dtype(description["dtype"]).itemsize
+    shards = [shard for parts in description["domains"].values() for side in SIDES for shard in parts[side]["shards"]]
+    bad, times, total = [], hashlib.sha256(), 0
+    for shard in shards:
+        try:
+            stat = (folder / shard["file"]).stat()
+        except OSError as error:
+            bad.append(f"{shard['file']} ({error.strerror})")
+            continue
+        if stat.st_size != shard["tokens"] * width:
+            bad.append(f"{shard['file']} ({stat.st_size} bytes, expected {shard['tokens'] * width})")
+        times.update(repr((shard["file"], shard["sha256"], stat.st_size, stat.st_mtime_ns)).encode())
+        total += stat.st_size
+    known = total > QUICK and _remembered(folder) == times.hexdigest()
+    if not bad and (hashes == "all" or (hashes == "unless known" and not known)):
+        bad = _differing(folder, shards, total, report)
+    if bad:
+        more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
+        raise DataError(f"{folder}: damaged: {', '.join(bad[:NAMED])}{more}; prepare the data again")
+    if total > QUICK and not known:
+        _remember(folder, times.hexdigest())
+    return len(shards), total
+
+
+def _differing(folder: Path, shards: list[dict[str, Any]], total: int, report: Progress | None) -> list[str]:
+    """Return the shards whose content is not what was written."""
+    done, bad = 0, []
+
+    def content(shard: dict[str, Any]) -> tuple[str, int]:
+        with (folder / shard["file"]).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
+
+    with ThreadPoolExecutor() as threads:
+        for shard, (found, size) in zip(shards, threads.map(content, shards), strict=True):
+            done += size
+            if report and total > QUICK:
+                report("checking", done, total)
+            if found != shard["sha256"]:
+                bad.append(f"{shard['file']} (content differs from its recorded hash)")
+    return bad
+
+
+def _stream(folder: Path, description: dict[str, Any], part: dict[str, Any]) -> TokenStream:
+    dtype = np.dtype(description["dtype"])
+    return TokenStream(
+        [TokenFile(folder / shard["file"], dtype, shard["tokens"]) for shard in part["shards"]],
+        end_of_document=description["end_of_document"],
+        num_bytes=part["bytes"],
+        num_documents=part["documents"],
     )
 
 
-def _build(folder: Path, parts: dict[str, tuple[list[str], list[str]]], how: Preparation, report: Progress) -> None:
-    """Write tokenizer, token files and `corpus.json` of split documents into a new folder."""
-    folder.mkdir()
-    report("tokenizer", 0.0)
-    tokenizer = _train_tokenizer([train for train, _ in parts.values()], how)
-    tokenizer.save(folder / "tokenizer.json")
-    files = {f"train_{i}": train for i, (train, _) in enumerate(parts.values())}
-    files |= {f"held_out_{i}": held_out for i, (_, held_out) in enumerate(parts.values())}
-    total = sum(len(document) for documents in files.values() for document in documents)
-    done = 0
-    for name, documents in files.items():
-
-        def batches(documents: list[str] = documents) -> Iterator[list[str]]:
-            nonlocal done
-            for batch in _batches(documents):
-                report("encode", done / total)
-                yield batch
-                done += sum(map(len, batch))
-
-        _write(folder / f"{name}.tokens", batches(), tokenizer)
-    meta = {"domains": list(parts), "tokenizer": tokenizer.hash}
-    (folder / "corpus.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-
-
-def _train_tokenizer(domains: list[list[str]], how: Preparation) -> Tokenizer:
-    """Learn BPE merges from the training part only: an equal share of `BPE_SAMPLE` per domain, lowest hashes first.
-
-    Equal shares, because in proportion to size a small domain would get no tokens of its own.
-    """
-    if how.tokenizer == "byte":
-        return ByteTokenizer()
-    sample = []
-    for documents in domains:
-        left = BPE_SAMPLE // len(domains)
-        for document in sorted(documents, key=digest):
-            if left <= 0:
-                break
-            sample.append(document)
-            left -= len(document.encode())
-    return BPETokenizer.train(sample, how.vocab_size)
-
-
-def _batches(documents: list[str]) -> Iterator[list[str]]:
-    """Yield documents in batches of about `BATCH` characters."""
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document)
-        if size >= BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _publish(built: Path, folder: Path, check: Callable[[], object]) -> None:
-    """Move a complete folder to its name, unless another process was quicker; a damaged one there makes way.
-
-    `check` raises DataError where `folder` is damaged.
-    """
+def _remembered(folder: Path) -> str | None:
+    """Return which state of the folder was found right."""
     try:
-        built.rename(folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        try:
-            check()
-        except DataError:
-            folder.rename(built.with_name("damaged"))  # goes with the temporary folder
-            built.rename(folder)
+        return _memory(folder).read_text(encoding="utf-8")
+    except (OSError, DataError):
+        return None
 
 
-def _stream(path: Path) -> TokenStream:
-    """Open one token file."""
-    try:
-        meta = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        file = TokenFile(path, np.dtype(meta["dtype"]), meta["num_tokens"])
-        if hashlib.sha256(path.read_bytes()).hexdigest() != meta["sha256"]:
-            raise DataError(f"{path}: content differs from its recorded hash; prepare the data again")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a readable token file: {error}; prepare the data again") from error
-    return TokenStream([file], end_of_document=meta["end_of_document"], num_bytes=meta["num_bytes"],
-                       num_documents=meta["num_documents"])
+def _remember(folder: Path, state: str) -> None:
+    """Note that the folder is right in this state, if a cache can be written."""
+    with contextlib.suppress(OSError, DataError):
+        _memory(folder).parent.mkdir(parents=True, exist_ok=True)
+        write_text(_memory(folder), state)
 
 
-def _write(path: Path, batches: Iterable[list[str]], tokenizer: Tokenizer) -> None:
-    """Encode batches of documents and write them under a temporary name, renamed when complete."""
-    path = Path(path)
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    digest_, num_tokens, num_bytes, num_documents = hashlib.sha256(), 0, 0, 0
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        for batch in batches:
-            num_bytes += sum(len(document.encode()) for document in batch)
-            for ids in tokenizer.encode_batch(batch):
-                content = np.array([*ids, tokenizer.end_of_document], dtype=dtype).tobytes()
-                digest_.update(content)
-                file.write(content)
-                num_tokens += len(ids) + 1
-                num_documents += 1
-    meta = {
-        "format": 1,
-        "dtype": dtype.str,
-        "num_tokens": num_tokens,
-        "num_bytes": num_bytes,
-        "num_documents": num_documents,
-        "end_of_document": tokenizer.end_of_document,
-        "sha256": digest_.hexdigest(),
-    }
-    path.with_suffix(".json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-    partial.replace(path)
+def _memory(folder: Path) -> Path:
+    return cache_folder() / "verified" / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]

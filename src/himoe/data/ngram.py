@@ -26,8 +26,10 @@ def ngram_baselines(corpus: Corpus) -> dict[str, dict[str, float]]:
     cache = corpus.folder / FILE
     with contextlib.suppress(OSError, ValueError):
         return json.loads(cache.read_text(encoding="utf-8"))
-    counts = sum(pair_counts(stream, corpus.tokenizer) for stream in corpus.train.values())
-    scores = {domain: score(counts, pair_counts(stream, corpus.tokenizer)) for domain, stream in corpus.held_out.items()}
+    counts = np.sum([pair_counts(stream, corpus.tokenizer) for stream in corpus.train.values()], axis=0)
+    scores = {
+        domain: score(counts, pair_counts(stream, corpus.tokenizer)) for domain, stream in corpus.held_out.items()
+    }
     with contextlib.suppress(OSError):  # only saves a second the next time
         partial = cache.with_suffix(".partial")
         partial.write_text(json.dumps(scores), encoding="utf-8")

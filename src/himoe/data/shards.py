@@ -6,16 +6,19 @@ end-of-document id. What belongs to it (counts, SHA-256) stands in the descripti
 
 import bisect
 import functools
+import hashlib
 import itertools
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
 OPEN_FILES = 128  # shards mapped at a time, over all streams: each holds a file descriptor
 CHUNK = 2**20  # tokens read at a time by what goes over a whole stream
+BUFFER = 8 * 2**20  # bytes of tokens gathered, over all shards of a writer, before they go to disk
 
 
 @dataclass(frozen=True, eq=False)  # a file opened anew is another one, whatever its name
@@ -86,3 +89,80 @@ class TokenStream:
 @functools.lru_cache(maxsize=OPEN_FILES)
 def _mapped(file: TokenFile) -> np.ndarray:
     return np.memmap(file.path, dtype=file.dtype, mode="r", shape=(file.num_tokens,))
+
+
+def token_type(vocab_size: int) -> np.dtype:
+    """Return the type that ids below `vocab_size` are stored in."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+@dataclass
+class _Growing:
+    """A shard that is being written."""
+
+    buffer: list[bytes] = field(default_factory=list)
+    digest: Any = field(default_factory=hashlib.sha256)
+    num_tokens: int = 0
+    num_bytes: int = 0
+    num_documents: int = 0
+
+
+class ShardWriter:
+    """Writes shards next to each other; they get their names together, in `finish`.
+
+    Used as a context manager, which leaves no partial file behind. However many shards there are, no file stays open.
+    """
+
+    def __init__(self, folder: Path, dtype: np.dtype) -> None:
+        self._folder, self._dtype = folder, dtype
+        self._shards: dict[str, _Growing] = {}
+        self._buffered = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in self._shards:
+            self._partial(name).unlink(missing_ok=True)
+
+    def add(self, name: str, ids: Sequence[int] | np.ndarray, *, num_bytes: int, num_documents: int) -> None:
+        """Append tokens to the shard `name`, and to its counts the text bytes and documents that they bring."""
+        shard = self._shards.setdefault(name, _Growing())
+        content = np.asarray(ids, dtype=self._dtype).tobytes()
+        shard.buffer.append(content)
+        shard.digest.update(content)
+        shard.num_tokens += len(ids)
+        shard.num_bytes += num_bytes
+        shard.num_documents += num_documents
+        self._buffered += len(content)
+        if self._buffered >= BUFFER:
+            self._flush()
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Give all shards their names, and return a record of each: file, counts and SHA-256."""
+        self._flush()
+        for name in self._shards:
+            with self._partial(name).open("ab") as file:
+                os.fsync(file.fileno())
+        for name in self._shards:
+            self._partial(name).replace(self._folder / name)
+        return [
+            {
+                "file": name,
+                "tokens": shard.num_tokens,
+                "bytes": shard.num_bytes,
+                "documents": shard.num_documents,
+                "sha256": shard.digest.hexdigest(),
+            }
+            for name, shard in self._shards.items()
+        ]
+
+    def _flush(self) -> None:
+        for name, shard in self._shards.items():
+            with self._partial(name).open("ab") as file:
+                file.writelines(shard.buffer)
+            shard.buffer.clear()
+        self._buffered = 0
+
+    def _partial(self, name: str) -> Path:
+        return self._folder / f"{name}.{os.getpid()}.tmp"

@@ -1,48 +1,81 @@
 """The held-out split of a domain, decided by each document's content alone.
 
-A document is held out when its hash, read as a number in [0, 1), is below the wanted fraction. So the split does not
-depend on the order of files, adding a document moves no other, and equal documents fall on the same side.
+A document is held out when its hash, read as a number in [0, 1), is below the domain's bound: the wanted fraction, or
+more where that would hold out too little. So the split does not depend on the order of files, adding a document moves
+no other, and equal documents of a domain fall on the same side.
 """
 
-import bisect
 import hashlib
-from collections.abc import Sequence
+
+import numpy as np
 
 from himoe.errors import DataError
 
+DIGEST = "S16"  # how arrays hold digests; numpy drops trailing zero bytes of a single one, comparisons are exact
 
-def digest(document: str) -> bytes:
+
+def digest(document: str | bytes) -> bytes:
     """Return the 16-byte content hash that places a document in the split; another key would be another split."""
-    return hashlib.blake2b(document.encode(), digest_size=16, key=bytes(8)).digest()
+    content = document.encode() if isinstance(document, str) else document
+    return hashlib.blake2b(content, digest_size=16, key=bytes(8)).digest()
 
 
-def split_documents(
-    documents: Sequence[str], fraction: float, *, minimum_bytes: int = 1, where: str = "data"
-) -> tuple[list[str], list[str]]:
-    """Return the training and held-out documents, each in the given order.
+class Lowest:
+    """Of all documents added, the distinct ones of the lowest digests that together reach `wanted` bytes.
 
-    Where the fraction gives less than `minimum_bytes` (UTF-8), the documents of the next lowest hashes follow.
-    Raises `DataError` unless both sides get at least one document.
-
-    >>> train, held_out = split_documents([f"document {i}" for i in range(100)], 0.2)
-    >>> len(train), len(held_out)
-    (83, 17)
+    `digests (n,)` is sorted; the memory is that of these alone.
     """
-    if not 0 < fraction < 1:
-        raise DataError(f"held_out is {fraction}; allowed is a fraction between 0 and 1, such as 0.05")
-    digests = [digest(document) for document in documents]
-    sizes = {key: len(document.encode()) for key, document in zip(digests, documents, strict=True)}
-    if len(sizes) < 2:
-        raise DataError(
-            f"{where}: too short to hold a part out, it has {'one document only' if sizes else 'no document'}; "
-            "give a longer text, or put short files together in one sub-folder to make them one domain"
-        )
-    order = sorted(sizes)
-    count = bisect.bisect_left(order, int(fraction * 2**128).to_bytes(16, "big"))
-    while count < len(order) - 1 and sum(sizes[key] for key in order[:count]) < minimum_bytes:
-        count += 1
-    held_out = set(order[: min(count, len(order) - 1)])
-    return (
-        [document for key, document in zip(digests, documents, strict=True) if key not in held_out],
-        [document for key, document in zip(digests, documents, strict=True) if key in held_out],
-    )
+
+    def __init__(self, wanted: int) -> None:
+        self.wanted = wanted
+        self.digests = np.empty(0, DIGEST)
+        self.sizes = np.empty(0, np.int64)
+
+    def add(self, digests: np.ndarray, sizes: np.ndarray) -> None:
+        """Take in documents, `digests (n,)` and `sizes (n,)` in bytes."""
+        if self.sizes.sum() >= self.wanted:
+            low = digests < self.digests[-1]
+            digests, sizes = digests[low], sizes[low]
+        distinct, first = np.unique(np.concatenate([self.digests, digests]), return_index=True)
+        sizes = np.concatenate([self.sizes, sizes])[first]
+        count = int(np.searchsorted(np.cumsum(sizes), self.wanted)) + 1
+        self.digests, self.sizes = distinct[:count], sizes[:count]
+
+
+class HeldOut:
+    """Finds the bound of one domain from the digests and sizes of its documents, added in any order.
+
+    Where the fraction gives less than `minimum_bytes`, the documents of the next lowest digests follow; the one of the
+    highest digest is always trained on.
+    """
+
+    def __init__(self, fraction: float, minimum_bytes: int = 1) -> None:
+        if not 0 < fraction < 1:
+            raise DataError(f"held_out is {fraction}; allowed is a fraction between 0 and 1, such as 0.05")
+        self._fraction = fraction
+        self._lowest = Lowest(max(minimum_bytes, 1))
+        self._ends: list[bytes] = []  # lowest and highest digest so far
+
+    def add(self, digests: np.ndarray, sizes: np.ndarray) -> None:
+        """Take in documents, `digests (n,)` and `sizes (n,)` in bytes."""
+        if len(digests):
+            self._lowest.add(digests, sizes)
+            order = np.sort(digests)
+            seen = sorted({*self._ends, _bytes(order[0]), _bytes(order[-1])})
+            self._ends = [seen[0], seen[-1]] if len(seen) > 1 else seen
+
+    def bound(self, where: str) -> bytes:
+        """Return the digest below which documents are held out; raises `DataError` unless both sides get one."""
+        if len(self._ends) < 2:
+            raise DataError(
+                f"{where}: too short to hold a part out, it has {'one document only' if self._ends else 'no document'};"
+                " give a longer text, or put short files together in one sub-folder to make them one domain"
+            )
+        wanted = int(self._fraction * 2**128)
+        needed = int.from_bytes(_bytes(self._lowest.digests[-1]), "big") + 1
+        highest = int.from_bytes(self._ends[-1], "big")
+        return min(max(wanted, needed), highest).to_bytes(16, "big")
+
+
+def _bytes(digest: np.bytes_) -> bytes:
+    return bytes(digest).ljust(16, b"\0")

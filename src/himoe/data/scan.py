@@ -1,0 +1,199 @@
+"""The first pass over a text: size and content hash of every document, kept so that the same files are read once.
+
+From these follow the identity of the text, what is held out, which documents repeat another, and which the tokenizer
+learns from. A scan is found again by the signature of its source: unchanged files need not be read to know them.
+"""
+
+import hashlib
+import json
+import os
+import zipfile
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from himoe.data.pool import Advance, Pool
+from himoe.data.sources import Source, Unit
+from himoe.data.split import DIGEST, digest
+from himoe.errors import DataError
+from himoe.run_folder import write_json
+
+FORMAT = 1
+SUMMARY = "scan.json"
+MAX_DOMAINS = 1000
+COMPARED = 2 * 2**20  # documents compared with each other at a time
+REPORTED = 4 * 2**20  # bytes between two reports
+
+Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all (0: not known)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What is known of a unit's documents, in their order."""
+
+    digests: np.ndarray  # (n,) S16
+    sizes: np.ndarray  # (n,) int64, UTF-8 bytes
+    domains: np.ndarray  # (n,) uint16, indices into the scan's domains
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What is known of a source's documents, unit by unit."""
+
+    folder: Path
+    domains: list[str]  # in order of appearance
+    fingerprint: str  # of the domains' names and documents, wherever they lie
+    layout: str  # of how they lie in units
+    counts: list[int]  # documents of each unit
+    num_bytes: int
+
+    def unit(self, index: int) -> Documents:
+        """Return the documents of one unit."""
+        found, names = read_unit(self.folder, index)
+        place = np.array([self.domains.index(name) for name in names], dtype=np.uint16)
+        return Documents(found.digests, found.sizes, place[found.domains])
+
+    def units(self) -> Iterator[Documents]:
+        """Yield the documents of every unit, one unit in memory at a time."""
+        for index in range(len(self.counts)):
+            yield self.unit(index)
+
+
+def scan_folder(source: Source, cache: Path) -> Path | None:
+    """Return where the scan of a source is kept, if it can be."""
+    if source.signature is None:
+        return None
+    return cache / "scans" / hashlib.sha256(json.dumps([FORMAT, source.signature]).encode()).hexdigest()[:32]
+
+
+def known_scan(folder: Path | None) -> Scan | None:
+    """Return a finished scan; its `units` may be gone, `complete` says so."""
+    try:
+        if folder is None:
+            return None
+        return Scan(folder, **json.loads((folder / SUMMARY).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def scan_source(source: Source, folder: Path, pool: Pool, report: Progress) -> Scan:
+    """Read the units that `folder` does not know yet, and return the scan of all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    units = source.units
+    total = sum(unit.size for unit in units)
+    missing = [index for index in range(len(units)) if not _is_whole(folder, index)]
+    done = total - sum(units[index].size for index in missing)
+    report("reading", done, total)
+    for index in pool.run(scan_unit, ((folder, index, units[index]) for index in missing), lambda _size: None):
+        done += units[index].size
+        report("reading", done, total)
+    return _summary(folder, len(units))
+
+
+def scan_unit(folder: Path, index: int, unit: Unit, advance: Advance) -> int:
+    """Write what is known of a unit's documents, and return its index."""
+    digests, sizes, places = bytearray(), array("q"), array("H")
+    names: dict[str, int] = {}
+    unreported = 0
+    for domain, text in unit.documents():
+        content = text.encode()
+        digests += digest(content)
+        sizes.append(len(content))
+        places.append(names.setdefault(domain, len(names)))
+        if len(names) > MAX_DOMAINS:
+            raise _too_many_domains(list(names))
+        if (unreported := unreported + len(content)) >= REPORTED:
+            advance(unreported)
+            unreported = 0
+    partial = _unit_file(folder, index).with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with partial.open("wb") as file:
+            np.savez(
+                file,
+                digests=np.frombuffer(digests, DIGEST),
+                sizes=np.frombuffer(sizes, np.int64),
+                domains=np.frombuffer(places, np.uint16),
+                names=np.frombuffer(json.dumps(list(names)).encode(), np.uint8),
+            )
+        partial.replace(_unit_file(folder, index))
+    finally:
+        partial.unlink(missing_ok=True)
+    return index
+
+
+def read_unit(folder: Path, index: int) -> tuple[Documents, list[str]]:
+    """Return a unit's documents, whose domains are indices into the names beside them."""
+    with np.load(_unit_file(folder, index)) as saved:
+        names = json.loads(saved["names"].tobytes())
+        return Documents(saved["digests"], saved["sizes"], saved["domains"]), names
+
+
+def first_of_equal(scan: Scan) -> list[np.ndarray]:
+    """Return for every unit which documents are the first of their content in the whole source, `(n,)` bool.
+
+    Documents are compared in as many portions, by digest, as memory asks for.
+    """
+    starts = np.concatenate([[0], np.cumsum(scan.counts)])
+    kept = np.zeros(starts[-1], dtype=bool)
+    portions = -(-len(kept) // COMPARED)
+    for portion in range(portions):
+        halves, places = [], []
+        for start, documents in zip(starts, scan.units(), strict=False):
+            pair = np.frombuffer(documents.digests.tobytes(), np.uint64).reshape(-1, 2)
+            mine = np.flatnonzero(pair[:, 0] % np.uint64(portions) == portion)
+            halves.append(pair[mine])
+            places.append(start + mine)
+        pairs, where = np.concatenate(halves), np.concatenate(places)
+        order = np.lexsort((pairs[:, 1], pairs[:, 0]))  # stable: of equal ones the first in the source comes first
+        new = np.append(True, (pairs[order[1:]] != pairs[order[:-1]]).any(1))[: len(order)]
+        kept[where[order[new]]] = True
+    return np.split(kept, starts[1:-1])
+
+
+def _summary(folder: Path, num_units: int) -> Scan:
+    """Put the units' scans together."""
+    contents: dict[str, Any] = {}
+    layout, counts, num_bytes = hashlib.sha256(), [], 0
+    for index in range(num_units):
+        documents, names = read_unit(folder, index)
+        for place, name in enumerate(names):
+            mine = documents.digests[documents.domains == place].tobytes()
+            contents.setdefault(name, hashlib.sha256()).update(mine)
+        layout.update(documents.digests.tobytes() + b"end of a unit")
+        counts.append(len(documents.sizes))
+        num_bytes += int(documents.sizes.sum())
+    if len(contents) > MAX_DOMAINS:
+        raise _too_many_domains(list(contents))
+    identity = json.dumps([[name, content.hexdigest()] for name, content in contents.items()])
+    summary = {
+        "domains": list(contents),
+        "fingerprint": hashlib.sha256(identity.encode()).hexdigest(),
+        "layout": layout.hexdigest(),
+        "counts": counts,
+        "num_bytes": num_bytes,
+    }
+    write_json(folder / SUMMARY, summary)
+    return Scan(folder, **summary)
+
+
+def _is_whole(folder: Path, index: int) -> bool:
+    try:
+        read_unit(folder, index)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return False
+    return True
+
+
+def _unit_file(folder: Path, index: int) -> Path:
+    return folder / f"{index:06}.npz"
+
+
+def _too_many_domains(names: list[str]) -> DataError:
+    return DataError(
+        f"more than {MAX_DOMAINS} domains, such as {', '.join(map(repr, names[:3]))}; "
+        "is data.domain_column a column that names few domains? (or put files together in sub-folders)"
+    )

@@ -1,0 +1,340 @@
+"""The second pass: from a scanned text to a finished folder of shards, unit by unit, resumable at each.
+
+While it is under way the folder holds `preparation.json`, which says of what, and a record in `units/` of every unit
+that is done; `corpus.json` is written last, so a folder is complete if and only if it has one. The files depend on the
+text and the settings alone, never on the number of processes or on what interrupted the work.
+"""
+
+import functools
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from himoe.data.pool import Advance, Pool
+from himoe.data.scan import Documents, Progress, Scan, first_of_equal, read_unit
+from himoe.data.shards import ShardWriter, token_type
+from himoe.data.sources import Source, Unit
+from himoe.data.split import DIGEST, HeldOut, Lowest, digest
+from himoe.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
+from himoe.errors import DataError
+from himoe.run_folder import sync_folder, write_json, write_text
+
+FORMAT = 3  # to be raised when the same text would give other files than before
+BPE_SAMPLE = 16 * 2**20  # bytes of training text that the merges are learned from
+BATCH = 2**20  # characters encoded at a time
+LONGEST = 2**20  # characters of a text that is encoded as one
+PLAN, CORPUS, TOKENIZER = "preparation.json", "corpus.json", "tokenizer.json"
+SIDES = ("train", "held_out")
+CHANGED = "changed while the text was being prepared; run the same command again"
+
+
+class TextChangedError(DataError):
+    """Text that is no longer what it was when it was scanned."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides, beside the text, which files come out."""
+
+    tokenizer: str  # bpe, byte, or file
+    tokenizer_hash: str | None  # of a file
+    vocab_size: int | None  # of bpe
+    library: str | None  # version that trains bpe: another one may learn other merges
+    held_out: float
+    minimum_held_out: int
+    deduplicate: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How every process treats a document."""
+
+    folder: Path
+    domains: list[str]
+    bounds: list[bytes]  # of every domain: the digest below which documents are held out
+
+
+def build(
+    folder: Path, source: Source, scan: Scan, settings: Settings, given: Tokenizer | None, pool: Pool, report: Progress
+) -> None:
+    """Fill `folder`, or what is missing in it, and write `corpus.json`.
+
+    Raises `DataError` where the text has changed since it was scanned, and `OSError` where the disk is full; what was
+    finished by then is found again.
+    """
+    _start(folder, {"format": FORMAT, "text": scan.fingerprint, "layout": scan.layout, **asdict(settings)})
+    report("comparing documents", 0, 0)
+    kept = first_of_equal(scan) if settings.deduplicate else [None] * len(scan.counts)
+    plan = Plan(folder, scan.domains, _bounds(source.name, scan, kept, settings))
+    if not (folder / TOKENIZER).exists():
+        tokenizer = given or _make_tokenizer(plan, source, scan, kept, settings, pool, report)
+        write_text(folder / TOKENIZER, tokenizer.to_json())
+    _write_units(plan, source, scan, kept, pool, report)
+    _finish(plan, source, settings, scan)
+
+
+def clear(folder: Path) -> None:
+    """Delete what a preparation writes, and nothing else; `corpus.json` first, so that nobody opens the rest."""
+    for name in (CORPUS, PLAN, TOKENIZER, "ngrams.json"):
+        (folder / name).unlink(missing_ok=True)
+    for path in (*folder.glob("*.tokens"), *folder.glob("*.tmp")):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(folder / "units", ignore_errors=True)
+
+
+def _start(folder: Path, plan: dict[str, Any]) -> None:
+    """Make `folder` ready: empty, or with the finished part of the very same work."""
+    try:
+        same = json.loads((folder / PLAN).read_text(encoding="utf-8")) == plan
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        clear(folder)
+        write_json(folder / PLAN, plan)
+    (folder / "units").mkdir(exist_ok=True)
+
+
+def _bounds(name: str, scan: Scan, kept: Sequence[np.ndarray | None], settings: Settings) -> list[bytes]:
+    """Find what is held out of every domain."""
+    parts = [HeldOut(settings.held_out, settings.minimum_held_out) for _ in scan.domains]
+    for documents, keep in zip(scan.units(), kept, strict=True):
+        _add_by_domain(parts, documents, keep)
+    return [part.bound(f"{name}, domain {domain}") for part, domain in zip(parts, scan.domains, strict=True)]
+
+
+def _add_by_domain(parts: Sequence[HeldOut | Lowest], documents: Documents, chosen: np.ndarray | None) -> None:
+    """Hand every domain's documents, or the chosen ones `(n,)` bool, to its part."""
+    for place in np.unique(documents.domains):
+        mine = documents.domains == place
+        mine = mine if chosen is None else mine & chosen
+        parts[place].add(documents.digests[mine], documents.sizes[mine])
+
+
+def _is_held_out(documents: Documents, bounds: Sequence[bytes]) -> np.ndarray:
+    """Return which documents are held out, `(n,)` bool; `bounds` are those of the documents' domain indices."""
+    return documents.digests < np.array(bounds, DIGEST)[documents.domains]
+
+
+def _make_tokenizer(
+    plan: Plan,
+    source: Source,
+    scan: Scan,
+    kept: Sequence[np.ndarray | None],
+    settings: Settings,
+    pool: Pool,
+    report: Progress,
+) -> Tokenizer:
+    """Learn BPE merges from the training part only: an equal share of `BPE_SAMPLE` per domain, lowest hashes first.
+
+    Equal shares, because in proportion to size a small domain would get no tokens of its own; distinct documents.
+    """
+    if settings.vocab_size is None:
+        return ByteTokenizer()
+    share = -(-BPE_SAMPLE // len(plan.domains))
+    lowest = [Lowest(share) for _ in plan.domains]
+    for documents, keep in zip(scan.units(), kept, strict=True):
+        train = ~_is_held_out(documents, plan.bounds)
+        _add_by_domain(lowest, documents, train if keep is None else train & keep)
+    places = _places_of(scan, [part.digests for part in lowest])
+    total = sum(int(part.sizes.sum()) for part in lowest)
+    report("sampling", 0, total)
+    found: list[tuple[int, bytes, str]] = []
+    for texts in pool.run(read_texts, ((source.units[i], at, share) for i, at in places), lambda _size: None):
+        found += [(plan.domains.index(domain), digest(text), text) for domain, text in texts]
+        report("sampling", min(total, sum(len(text) for _, _, text in found)), total)
+    report("learning the tokenizer", 0, 0)
+    return BPETokenizer.train([text for _, _, text in sorted(found)], settings.vocab_size)
+
+
+def _places_of(scan: Scan, wanted: Sequence[np.ndarray]) -> Iterator[tuple[int, list[int]]]:
+    """Yield of each unit where the first documents with the wanted digests of their domain stand, `wanted` sorted."""
+    missing = [np.ones(len(digests), dtype=bool) for digests in wanted]
+    for unit, documents in enumerate(scan.units()):
+        places = []
+        for domain in np.unique(documents.domains):
+            mine = np.flatnonzero(documents.domains == domain)
+            digests, first = np.unique(documents.digests[mine], return_index=True)
+            at = np.searchsorted(wanted[domain], digests)
+            hit = np.flatnonzero(at < len(wanted[domain]))
+            hit = hit[(wanted[domain][at[hit]] == digests[hit]) & missing[domain][at[hit]]]
+            missing[domain][at[hit]] = False
+            places += mine[first[hit]].tolist()
+        if places:
+            yield unit, sorted(places)
+
+
+def read_texts(unit: Unit, places: list[int], longest: int, advance: Advance) -> list[tuple[str, str]]:  # noqa: ARG001
+    """Return domain and text, up to `longest` characters, of a unit's documents at the given places, sorted."""
+    wanted = iter(places)
+    next_place, texts = next(wanted, None), []
+    for place, (domain, text) in enumerate(unit.documents()):
+        if place == next_place:
+            texts.append((domain, text[:longest]))
+            if (next_place := next(wanted, None)) is None:
+                break
+    return texts
+
+
+def _write_units(
+    plan: Plan, source: Source, scan: Scan, kept: Sequence[np.ndarray | None], pool: Pool, report: Progress
+) -> None:
+    """Write the shards of all units that have none yet."""
+    missing = [index for index in range(len(scan.counts)) if not (plan.folder / _record(index)).exists()]
+    done = scan.num_bytes - sum(int(scan.unit(index).sizes.sum()) for index in missing)
+
+    def advance(size: int) -> None:
+        nonlocal done
+        done += size
+        report("writing tokens", done, scan.num_bytes)
+
+    advance(0)
+    tasks = ((plan, index, source.units[index], scan.folder, kept[index]) for index in missing)
+    for _ in pool.run(write_unit, tasks, advance):
+        pass
+
+
+def write_unit(plan: Plan, index: int, unit: Unit, scans: Path, kept: np.ndarray | None, advance: Advance) -> None:
+    """Write the shards of one unit and, when they are safe on disk, its record."""
+    tokenizer = _tokenizer(plan.folder / TOKENIZER)
+    known, names = read_unit(scans, index)
+    domains = [plan.domains.index(name) for name in names]
+    held_out = _is_held_out(known, [plan.bounds[domain] for domain in domains])
+    removed = {name: [0, 0] for name in names}
+    texts = _checked(unit, known, names)
+    with ShardWriter(plan.folder, token_type(tokenizer.vocab_size)) as writer:
+
+        def documents() -> Iterator[tuple[str, str, int]]:
+            for place, (domain, text) in enumerate(texts):
+                if kept is not None and not kept[place]:
+                    removed[domain][0] += 1
+                    removed[domain][1] += int(known.sizes[place])
+                    continue
+                side = SIDES[int(held_out[place])]
+                yield f"{side}-{plan.domains.index(domain):03}-{index:06}.tokens", text, int(known.sizes[place])
+
+        for batch in _batches(documents()):
+            _encode(batch, tokenizer, writer)
+            advance(sum(piece.size for piece in batch))
+        record = {"shards": writer.finish(), "duplicates": removed}
+    sync_folder(plan.folder)
+    write_json(plan.folder / _record(index), record)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that is encoded as one: a document, or a part of one that is very long."""
+
+    shard: str
+    text: str
+    size: int  # bytes of the whole document, counted at its last piece
+    ends: bool  # a document
+
+
+def _batches(documents: Iterable[tuple[str, str, int]]) -> Iterator[list[Piece]]:
+    """Put documents, given as shard, text and size, into batches of about `BATCH` characters."""
+    batch, length = [], 0
+    for shard, text, size in documents:
+        for part, ends in _cut(text):
+            batch.append(Piece(shard, part, size if ends else 0, ends))
+            length += len(part)
+            if length >= BATCH:
+                yield batch
+                batch, length = [], 0
+    if batch:
+        yield batch
+
+
+def _cut(text: str) -> Iterator[tuple[str, bool]]:
+    """Cut a text of more than `LONGEST` characters at line ends, since encoding takes many times its memory."""
+    start = 0
+    while len(text) - start > LONGEST:
+        end = text.rfind("\n", start, start + LONGEST) + 1 or start + LONGEST
+        yield text[start:end], False
+        start = end
+    yield text[start:], True
+
+
+def _encode(batch: Sequence[Piece], tokenizer: Tokenizer, writer: ShardWriter) -> None:
+    """Encode a batch and hand it to the writer, each document with its end."""
+    for piece, ids in zip(batch, tokenizer.encode_batch([piece.text for piece in batch]), strict=True):
+        writer.add(piece.shard, ids, num_bytes=piece.size, num_documents=int(piece.ends))
+        if piece.ends:
+            writer.add(piece.shard, [tokenizer.end_of_document], num_bytes=0, num_documents=0)
+
+
+def _checked(unit: Unit, known: Documents, names: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield the documents of a unit; raises `TextChangedError` unless they are those that were scanned."""
+    digests = known.digests.tobytes()
+    place = 0
+    for place, (domain, text) in enumerate(unit.documents(), start=1):
+        same = place <= len(known.sizes) and digests[16 * place - 16 : 16 * place] == digest(text)
+        if not same or names[known.domains[place - 1]] != domain:
+            raise TextChangedError(f"{unit.label}: {CHANGED}")
+        yield domain, text
+    if place != len(known.sizes):
+        raise TextChangedError(f"{unit.label}: {CHANGED}")
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(path: Path) -> Tokenizer:
+    return load_tokenizer(path)
+
+
+def _record(index: int) -> str:
+    return f"units/{index:06}.json"
+
+
+def _finish(plan: Plan, source: Source, settings: Settings, scan: Scan) -> None:
+    """Write `corpus.json` from the units' records, and drop what only an unfinished folder needs."""
+    tokenizer = load_tokenizer(plan.folder / TOKENIZER)
+    domains: dict[str, Any] = {
+        name: {side: {"documents": 0, "bytes": 0, "tokens": 0, "shards": []} for side in SIDES}
+        | {"duplicates": {"documents": 0, "bytes": 0}}
+        for name in plan.domains
+    }
+    for index in range(len(scan.counts)):
+        record = json.loads((plan.folder / _record(index)).read_text(encoding="utf-8"))
+        for shard in record["shards"]:
+            side, place, _ = shard["file"].split("-")
+            part = domains[plan.domains[int(place)]][side]
+            for count in ("documents", "bytes", "tokens"):
+                part[count] += shard[count]
+            part["shards"].append({key: shard[key] for key in ("file", "tokens", "sha256")})
+        for name, (documents, size) in record["duplicates"].items():
+            domains[name]["duplicates"]["documents"] += documents
+            domains[name]["duplicates"]["bytes"] += size
+    description = {
+        "himoe_corpus": FORMAT,
+        "name": source.name,
+        "key": corpus_key(scan, settings),
+        "settings": asdict(settings),
+        "tokenizer": tokenizer.hash,
+        "dtype": token_type(tokenizer.vocab_size).str,
+        "end_of_document": tokenizer.end_of_document,
+        "domains": domains,
+    }
+    write_json(plan.folder / CORPUS, {**description, "sha256": description_hash(description)})
+    sync_folder(plan.folder)
+    drop_leftovers(plan.folder)
+
+
+def drop_leftovers(folder: Path) -> None:
+    """Delete what a finished folder no longer needs."""
+    shutil.rmtree(folder / "units", ignore_errors=True)
+    (folder / PLAN).unlink(missing_ok=True)
+
+
+def description_hash(description: dict[str, Any]) -> str:
+    """Return the hex hash that `corpus.json` holds of the rest of itself."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
+def corpus_key(scan: Scan, settings: Settings) -> str:
+    """Return the hex hash of everything that decides the tokens of a corpus."""
+    return hashlib.sha256(json.dumps([FORMAT, scan.fingerprint, asdict(settings)]).encode()).hexdigest()
