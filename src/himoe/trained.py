@@ -15,6 +15,7 @@ from himoe import run_folder
 from himoe.build import build_model
 from himoe.config import Config
 from himoe.data import Corpus, Tokenizer, load_tokenizer, prepare
+from himoe.data.progress import preparing
 from himoe.data.sources import read_source, read_sources
 from himoe.errors import CheckpointError, ConfigError, DataError, RunFolderError
 from himoe.functional.groups import Groups
@@ -22,7 +23,6 @@ from himoe.models import DecoderLM
 from himoe.train.checkpoint import list_checkpoints, load_checkpoint, load_model_tensors, newest_whole
 from himoe.train.environment import best_device
 from himoe.train.evaluate import Reading, evaluate_domains, evaluate_pieces
-from himoe.train.progress import preparing
 from himoe.train.texts import Text, source_pieces, token_pieces
 from himoe.train.usage import Usage
 
@@ -159,9 +159,14 @@ def load_corpus(config: Config, console: Console) -> Corpus:
     with preparing(console) as progress:
         return prepare(
             Path(data.path) if data.path else None,
+            sources={name: Path(path) for name, path in data.sources.items()} if data.sources else None,
+            text_column=data.text_column,
+            domain_column=data.domain_column,
             tokenizer=data.tokenizer,
             vocab_size=data.vocab_size,
             held_out=data.held_out,  # no seed: runs of several seeds share their held-out text
+            deduplicate=data.deduplicate,
+            workers=data.workers,
             progress=progress,
         )
 

@@ -55,8 +55,8 @@ def prepare(
     be a folder written with `out`, which is opened as it is, and None is the text that every Python has.
 
     `out` is a folder to write instead of one in the cache, `cache` replaces the cache folder that the environment
-    names, and `progress` is told what is being done, bytes done and bytes in all (0: not known), perhaps by another thread.
-    Raises `DataError` for text, or a folder, that cannot be used. What was finished before an interruption is kept,
+    names, and `progress` is told what is being done, bytes done and bytes in all, 0 where that is not known; it may be
+    called by another thread. Raises `DataError` for text, or a folder, that cannot be used. What was finished before an interruption is kept,
     and the same call goes on there.
     """
     report = progress or (lambda _stage, _done, _total: None)

@@ -1,7 +1,5 @@
 """What a person sees while training: a live bar on a terminal, now and then a plain line anywhere else."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Self
@@ -11,13 +9,6 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 PLAIN_SECONDS = 10.0
 """Least time between two plain lines."""
-
-
-@contextmanager
-def preparing(console: Console) -> Iterator[Callable[[str, float], None]]:
-    """Show on a terminal what data preparation is doing; give the function that reports it."""
-    with console.status("reading the text") as status:  # draws nothing where there is no terminal
-        yield lambda stage, done: status.update(f"preparing the text: {stage} {done:.0%}")
 
 
 class TrainingProgress:
