@@ -4,8 +4,8 @@ Nothing is written before the configuration, the text and the model are known to
 described in docs/run-folder.md, training itself in docs/training.md.
 """
 
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,23 @@ import torch
 from rich.console import Console
 
 from himoe import run_folder
-from himoe.build import build_model
 from himoe.config import Config
-from himoe.data import Corpus, TrainingOrder, ngram_baselines
-from himoe.errors import DataError, HimoeError
-from himoe.functional.groups import Groups
+from himoe.data import Corpus, ngram_baselines
+from himoe.errors import HimoeError
 from himoe.models import parameter_counts
 from himoe.report import write_report
+from himoe.train.best import Best
 from himoe.train.checkpoint import newest_whole
-from himoe.train.environment import best_device, describe_data, describe_environment, now
-from himoe.train.fit import fit
+from himoe.train.environment import describe_data, describe_environment, now
+from himoe.train.fit import COMPLETE, fit
 from himoe.train.journal import Journal, describe_evaluation
 from himoe.train.loop import Trainer
-from himoe.train.optimizer import build_optimizer
+from himoe.train.lr_finder import RangeTest, find_learning_rate
+from himoe.train.profile import Profile
 from himoe.train.progress import TrainingProgress
-from himoe.train.schedule import learning_rate_schedule
 from himoe.train.snapshot import restore, rewind_logs, save
-from himoe.train.statistics import Statistics
+from himoe.train.start import WarmStart, build_trainer
+from himoe.train.writers import RunIdentity, check_writers, open_writers
 from himoe.trained import held_out, load_corpus, score, set_threads, with_baselines
 
 
@@ -39,6 +39,7 @@ def train(
     out: Path,
     resume: bool = False,
     force: bool = False,
+    profile: bool = False,
     command: list[str] | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -49,24 +50,24 @@ def train(
         out: the run folder: new or empty, unless `resume` or `force` says otherwise.
         resume: go on at the newest whole checkpoint of `out`, or at the start when it has none yet.
         force: replace the run that stands in `out`.
+        profile: record a few steps in `out/profile`.
         command: what was typed, for env.json.
         console: where progress goes; standard error when None.
 
     Raises HimoeError for whatever a user can mend. The status "interrupted" in the result means that Ctrl-C or SIGTERM
-    ended the run at a checkpoint.
+    ended the run at a checkpoint; docs/run-folder.md has the others.
     """
     console = console or Console(stderr=True)
+    check_writers(config.train.log_to)
     with ExitStack() as stack:
         if stands := out.is_dir():
             stack.enter_context(run_folder.locked(out))
         run_folder.check_run_folder(out, resume=resume, force=force)
         checkpoint = _newest_checkpoint(out, console) if resume else None
-        set_threads(config)
-        corpus = load_corpus(config, console)
-        run = _Run(config, corpus, _build_trainer(config, corpus), out, console)
+        run = _prepare(config, out, console, new=checkpoint is None)
         if checkpoint:
             run.resume(checkpoint)
-        env = run.environment(command, resume=resume)
+        env = run.environment(command, resume=checkpoint is not None)
         stack.enter_context(run_folder.readable_disk_errors(out))
         if not stands:
             out.mkdir(parents=True, exist_ok=True)
@@ -74,7 +75,23 @@ def train(
             run_folder.check_run_folder(out, force=force)  # again: another process may have been quicker
         if not resume:
             run_folder.clear_run_folder(out)
-        return run.go(env)
+        return run.go(env, profile=profile)
+
+
+def range_test(config: Config, *, console: Console | None = None) -> RangeTest:
+    """Train with a rising learning rate until it breaks, and say which rate to train with; writes no run folder."""
+    run = _prepare(config, Path(), console or Console(stderr=True), new=True)
+    return find_learning_rate(run.trainer)
+
+
+def _prepare(config: Config, out: Path, console: Console, *, new: bool) -> "_Run":
+    """Load and build; weights come from `train.init_from` only where the run is `new`."""
+    set_threads(config)
+    start = WarmStart.find(Path(config.train.init_from)) if config.train.init_from and new else None
+    if start:
+        config = start.with_tokenizer(config)
+    corpus = load_corpus(config, console)
+    return _Run(config, corpus, build_trainer(config, corpus, start), out, console, start)
 
 
 @dataclass
@@ -86,7 +103,10 @@ class _Run:
     trainer: Trainer
     out: Path
     console: Console
+    start: WarmStart | None
     seconds_before: float = 0.0
+    best: Best = field(default_factory=Best)
+    _scored: tuple[int, int | None, dict[str, Any]] | None = field(default=None, init=False)
 
     def resume(self, checkpoint: Path) -> None:
         state = restore(self.trainer, checkpoint, **self._identity())
@@ -94,6 +114,10 @@ class _Run:
         _say(self.console, f"resuming {self.out} at step {state['step']}")
         if state["threads"] != (threads := torch.get_num_threads()):
             _say(self.console, f"{state['threads']} threads until now, {threads} from here: rounding may differ")
+        if state["config"]["data"]["eval_tokens"] == self.config.data.eval_tokens:
+            self.best = Best.of(state.get("best"))
+        else:
+            _say(self.console, "data.eval_tokens has changed: looking for the best evaluation from here on")
 
     def environment(self, command: list[str] | None, *, resume: bool) -> dict[str, Any]:
         """Return env.json; a resumed run adds to the one that it has."""
@@ -105,57 +129,92 @@ class _Run:
         return {
             **describe_environment(command),
             "data": describe_data(self.corpus),
+            **({"init_from": self.start.record()} if self.start else {}),
             "parameters": asdict(parameter_counts(self.trainer.model)),
             "baselines": ngram_baselines(self.corpus),
         }
 
-    def go(self, env: dict[str, Any]) -> dict[str, Any]:
+    def go(self, env: dict[str, Any], *, profile: bool) -> dict[str, Any]:
         run_folder.write_json(self.out / "config.json", self.config.model_dump(mode="json"))
         run_folder.write_json(self.out / "env.json", env)
         if not self.trainer.steps_done:
             run_folder.write_text(self.out / "tokenizer.json", self.corpus.tokenizer.to_json())
-        rewind_logs(self.out, self.trainer.steps_done, self.config.train.steps)
-        journal = Journal(self.out, self.trainer, seconds_before=self.seconds_before)
+        rewind_logs(self.out, self.trainer.steps_done)
+        journal = self._journal(env)
         try:
-            finished = self._fit(journal)
-            if finished:
+            status = self._fit(journal, profile=profile)
+            if status in COMPLETE:
                 _say(self.console, "evaluating on all held-out text")
-                journal.evaluation_line(result := self._evaluate(None))
+                result = self._evaluate(None)
+                journal.evaluation_line({**result, "final": True})
                 _say(self.console, f"step {self.trainer.steps_done}: {describe_evaluation(result)}")
         finally:
             journal.close()
-        summary = journal.summary("finished" if finished else "interrupted")
+        summary = {**journal.summary(status), "best": self.best.record()}
         summary["domains"] = with_baselines(summary["domains"], env["baselines"], held_out(self.corpus))
         summary["parameters"] = env["parameters"]
         run_folder.write_json(self.out / "summary.json", summary)
         self._report()
-        if not finished:
-            _say(self.console, f"stopped and saved at step {summary['step']}; go on with --resume --out {self.out}")
+        if status not in COMPLETE:
+            _say(self.console, f"{status} and saved at step {summary['step']}; go on with --resume --out {self.out}")
         return summary
 
-    def _fit(self, journal: Journal) -> bool:
+    def _journal(self, env: dict[str, Any]) -> Journal:
+        config, step = self.config.model_dump(mode="json"), self.trainer.steps_done
+        writers = None
+        if names := self.config.train.log_to:
+            identity = RunIdentity.of(self.out, config, env, step=step)
+            writers = open_writers(names, identity, warn=lambda text: _say(self.console, f"warning: {text}"))
+        return Journal(self.out, self.trainer, seconds_before=self.seconds_before, writers=writers)
+
+    def _fit(self, journal: Journal, *, profile: bool) -> str:
         settings = self.config.train
-        with TrainingProgress(self.console, steps=settings.steps, done=self.trainer.steps_done) as progress:
+        with ExitStack() as stack:
+            progress = TrainingProgress(self.console, steps=settings.steps, done=self.trainer.steps_done)
+            stack.enter_context(progress)
+            recording = stack.enter_context(Profile(self.out / "profile")) if profile else None
             return fit(
                 self.trainer,
                 journal,
                 progress,
+                self.best,
                 steps=settings.steps,
                 evaluate=lambda: self._evaluate(self.config.data.eval_tokens),
                 save=lambda: self._save(journal.seconds),
                 log_every=settings.log_every,
                 eval_every=settings.eval_every,
                 checkpoint_every=settings.checkpoint_every,
+                keep_best=settings.keep_best,
+                early_stop=settings.early_stop,
+                stop_on_alarm=settings.stop_on_alarm,
+                on_step=(lambda: _show(recording.on_step(), progress)) if recording else lambda: None,
             )
 
     def _evaluate(self, num_tokens: int | None) -> dict[str, Any]:
+        """Score the held-out text, or its first tokens, with the averaged weights where there are such."""
+        step, average = self.trainer.steps_done, self.trainer.ema
+        if self._scored and self._scored[:2] == (step, num_tokens):
+            return self._scored[2]
         lengths, texts = self.corpus.tokenizer.byte_lengths, held_out(self.corpus)
         texts = {name: text.prefix(num_tokens, lengths) for name, text in texts.items()}
-        return score(self.config, self.trainer.model, self.corpus.tokenizer, texts)
+        with average.in_place() if average else nullcontext():
+            result = score(self.config, self.trainer.model, self.corpus.tokenizer, texts)
+        result |= {"weights": "averaged"} if average else {}
+        self._scored = (step, num_tokens, result)
+        return result
 
     def _save(self, seconds: float) -> None:
-        folder, keep = self.out / run_folder.CHECKPOINTS, self.config.train.keep_checkpoints
-        save(self.trainer, folder, seconds=seconds, keep=keep, **self._identity())
+        settings = self.config.train
+        save(
+            self.trainer,
+            self.out / run_folder.CHECKPOINTS,
+            seconds=seconds,
+            best=self.best,
+            keep=settings.keep_checkpoints,
+            keep_every=settings.keep_every,
+            keep_best=settings.keep_best,
+            **self._identity(),
+        )
 
     def _identity(self) -> dict[str, Any]:
         return {"config": self.config.model_dump(mode="json"), "data_hash": self.corpus.hash}
@@ -176,38 +235,9 @@ def _newest_checkpoint(out: Path, console: Console) -> Path | None:
     return path
 
 
-def _build_trainer(config: Config, corpus: Corpus) -> Trainer:
-    """Build order, model, optimizer and statistics; raises DataError for a text too short for one batch."""
-    settings = config.train
-    order = TrainingOrder(corpus.train.tokens, settings.seq_len, config.seed)
-    if order.windows_per_epoch < settings.batch_size:
-        raise DataError(
-            f"the training text is too short for one batch: {corpus.train.num_tokens} tokens give "
-            f"{order.windows_per_epoch} of its train.batch_size = {settings.batch_size} sequences of "
-            f"train.seq_len = {settings.seq_len}; give more text or lower one of the two"
-        )
-    model = build_model(config, corpus.tokenizer.vocab_size).to(best_device())
-    groups = Groups.of(config.moe.groups or config.moe.num_groups, config.moe.num_experts)
-    return Trainer(
-        model,
-        order,
-        optimizer=build_optimizer(
-            model, settings.learning_rate, weight_decay=settings.weight_decay, betas=settings.betas
-        ),
-        learning_rate=learning_rate_schedule(
-            settings.schedule,
-            settings.learning_rate,
-            steps=settings.steps,
-            warmup_steps=settings.warmup_steps,
-            min_ratio=settings.min_learning_rate_ratio,
-            decay_fraction=settings.decay_fraction,
-        ),
-        statistics=Statistics(model.moe_layer_indices(), groups, device=best_device()),
-        batch_size=settings.batch_size,
-        accumulate=settings.accumulate,
-        grad_clip=settings.grad_clip,
-        precision=settings.precision,
-    )
+def _show(table: str | None, progress: TrainingProgress) -> None:
+    if table:
+        progress.say(table)
 
 
 def _say(console: Console, text: str) -> None:

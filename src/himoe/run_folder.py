@@ -83,6 +83,17 @@ def is_run_folder(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
+def run_of(path: Path) -> Path:
+    """Return the run folder that `path` names: itself, or the one whose checkpoint it is.
+
+    Raises RunFolderError when it is neither.
+    """
+    run = path.parent.parent if path.parent.name == CHECKPOINTS else path
+    if not is_run_folder(run):
+        raise no_run_folder(run, known=(config.parent for config in run.parent.glob("*/config.json")))
+    return run
+
+
 def no_run_folder(path: Path, *, missing: str = "config.json", known: Iterable[Path] = ()) -> RunFolderError:
     """Return the error that says why `path` is no run folder, with the nearest of the `known` ones."""
     what = f"holds no {missing}, so it is no run folder" if path.exists() else "does not exist"

@@ -46,7 +46,7 @@ def test_the_balancer_moves_once_per_optimizer_step(accumulate):
 
 def test_the_loss_is_cross_entropy_and_the_terms_stand_apart():
     trainer = make_trainer()
-    tokens = torch.stack([torch.from_numpy(trainer.samples.sample(i)) for i in range(8)])
+    tokens = torch.stack([torch.from_numpy(trainer.batches.order.sample(i)) for i in range(8)])
     with torch.no_grad():
         logits, _ = trainer.model(tokens[:, :-1])
         expected = -logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).mean()
@@ -94,12 +94,53 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_weights():
     with torch.no_grad():
         trainer.model.norm.weight[0] = float("nan")
     before = weights(trainer)
-    with pytest.raises(HimoeError, match="diverged at step 2: loss nan") as error:
+    with pytest.raises(HimoeError, match=r"diverged at step 2: loss nan.*the weight of norm\.weight") as error:
         trainer.step()
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and error.value.alarm.kind == "not_finite"
     after = weights(trainer)
     assert all(torch.equal(tensor.nan_to_num(), after[name].nan_to_num()) for name, tensor in before.items())
     assert trainer.steps_done == 1
+
+
+def test_a_gradient_that_is_no_number_is_named_before_clipping_spreads_it():
+    trainer = make_trainer()
+    trainer.model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(HimoeError, match=r"gradient norm (inf|nan).*the gradient of norm\.weight"):
+        trainer.step()
+
+
+def test_the_borders_of_documents_reach_the_model():
+    class Spy(TinyLM):
+        def forward(self, token_ids, mask=None, document_ids=None):
+            seen.append((token_ids, document_ids))
+            return super().forward(token_ids, mask)
+
+    seen, ends = [], 3
+    trainer = make_trainer(model=Spy(), batch_size=64, accumulate=2)
+    trainer.batches.end_of_document = ends
+    trainer.step()
+    for token_ids, document_ids in seen:
+        assert torch.equal(document_ids, (token_ids == ends).cumsum(1))
+    trainer.batches.cross_documents = True
+    trainer.step()  # read ahead, still with borders
+    trainer.step()
+    assert [ids is None for _, ids in seen] == [False] * 4 + [True] * 2
+
+
+def test_waiting_for_data_is_part_of_the_time_of_the_steps():
+    trainer = make_trainer()
+    trainer.step()
+    assert 0 < trainer.data_seconds < trainer.step_seconds
+
+
+def test_measuring_leaves_training_alone():
+    plain, measured = (make_trainer(accumulate=2) for _ in range(2))
+    for _ in range(3):
+        plain.step()
+        measured.step(measure=True)
+    assert equal(weights(plain), weights(measured))
+    norms = measured.monitor.norms.read()
+    assert norms["experts"]["grad"] > 0 and plain.monitor.norms.read() is None
 
 
 def test_a_model_without_experts_trains():
@@ -111,11 +152,7 @@ def test_a_model_without_experts_trains():
         def forward(self, token_ids, mask=None):
             return self.table(token_ids), []
 
-    from himoe.functional.groups import Groups
-    from himoe.train.statistics import Statistics
-
     trainer = make_trainer(model=Dense())
-    trainer.statistics = Statistics([], Groups.equal(1, 1))
-    trainer.step()
+    trainer.step(measure=True)
     assert not moe_layers(trainer.model)
-    assert trainer.statistics.read() == [] and trainer.statistics.window_max_vio() is None
+    assert trainer.statistics.read() == []

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from himoe.functional.groups import Groups
-from himoe.nn import MoE, SwiGLUExperts
+from himoe.nn import MoE, SwiGLUExperts, moe_layers
 from himoe.presets import hi_moe
+from himoe.train.batches import Batches
 from himoe.train.loop import Trainer
 from himoe.train.optimizer import build_optimizer
 from himoe.train.schedule import learning_rate_schedule
@@ -25,7 +26,7 @@ class TinyLM(nn.Module):
         self.head = nn.Linear(DIM, VOCAB, bias=False)
         self.head.weight = self.embedding.weight
 
-    def forward(self, token_ids, mask=None):
+    def forward(self, token_ids, mask=None, *, document_ids=None):
         x = self.embedding(token_ids)
         y, routing = self.moe(self.norm(x), mask)
         return self.head(x + y), [routing]
@@ -41,16 +42,19 @@ class Samples:
         return np.where(generator.random(SEQ_LEN + 1) < 0.1, noise, tokens)
 
 
-def make_trainer(*, model=None, seed=0, steps=20, batch_size=8, learning_rate=1e-2, optimizer="adamw", **options):
+def make_trainer(
+    *, model=None, seed=0, steps=20, batch_size=8, accumulate=1, learning_rate=1e-2, optimizer="adamw", **options
+):
+    """`options` go to the trainer."""
     torch.manual_seed(seed)
     model = model or TinyLM()
+    layers = list(range(len(moe_layers(model))))
     return Trainer(
         model,
-        Samples(),
+        Batches(Samples(), batch_size=batch_size, accumulate=accumulate, end_of_document=VOCAB),
         optimizer=build_optimizer(model, learning_rate, optimizer=optimizer),
         learning_rate=learning_rate_schedule("cosine", learning_rate, steps=steps, warmup_steps=3),
-        statistics=Statistics([0], Groups.equal(8, 4), window=5),
-        batch_size=batch_size,
+        statistics=Statistics(layers, Groups.equal(8, 4), window=5),
         **options,
     )
 

@@ -1,9 +1,10 @@
 """Checkpoints: safetensors and JSON, never pickle; written beside the old ones and renamed into place.
 
 A checkpoint is a folder `step-00000100/` with `model.safetensors` (parameters and buffers, a tied weight once),
-`optimizer.safetensors` (everything else that training needs to go on: optimizer, random generators, statistics) and
-`state.json` (step, times, configuration, size and sha256 of the other two). The folder gets its name only after all
-three files are on the disk, so a process killed at any moment leaves the previous checkpoint as it was.
+`optimizer.safetensors` (everything else that training needs to go on: optimizer, random generators, statistics), where
+weights are averaged `ema.safetensors` (the averages of the parameters), and `state.json` (step, times, configuration,
+the best evaluation so far, size and sha256 of the other files). The folder gets its name only after all files are on
+the disk, so a process killed at any moment leaves the previous checkpoint as it was.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,22 +22,28 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from himoe.errors import CheckpointError
-from himoe.run_folder import sync_folder, write_json
+from himoe.errors import CheckpointError, RunFolderError
+from himoe.run_folder import CHECKPOINTS, sync_folder, write_json
 
 FORMAT = 1
 TEMPORARY = ".tmp-"
-TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
+MODEL, TRAINER, AVERAGE = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One whole checkpoint in memory: the model's tensors, the trainer's, and `state.json`."""
+    """One whole checkpoint in memory: the tensors of the model and of the trainer, the averages, and `state.json`."""
 
     path: Path
     model: dict[str, Tensor]
     trainer: dict[str, Tensor]
+    average: dict[str, Tensor] | None
     state: dict[str, Any]
+
+    @property
+    def averaged_model(self) -> dict[str, Tensor]:
+        """The model's tensors with the averages in place of the parameters, where weights were averaged."""
+        return {**self.model, **(self.average or {})}
 
 
 def save_checkpoint(
@@ -45,22 +52,27 @@ def save_checkpoint(
     *,
     model: Mapping[str, Tensor],
     trainer: Mapping[str, Tensor],
+    average: Mapping[str, Tensor] | None = None,
     state: Mapping[str, Any],
     keep: int = 2,
+    keep_every: int | None = None,
+    keep_steps: Collection[int] = (),
 ) -> Path:
-    """Write `folder/step-{step:08}` atomically and delete all but the last `keep`; return its path.
+    """Write `folder/step-{step:08}` atomically, delete what need not stay, and return its path.
 
+    The last `keep` up to this one stay, multiples of `keep_every`, and those of `keep_steps`.
     Raises OSError when the disk is full; nothing but a temporary folder is left then, and that is removed.
     """
     target, temporary = folder / f"step-{step:08}", folder / f"{TEMPORARY}step-{step:08}"
+    parts = {MODEL: model, TRAINER: trainer} | ({} if average is None else {AVERAGE: average})
     remove_leftovers(folder)
     temporary.mkdir(parents=True)
     try:
-        for name, tensors in zip(TENSOR_FILES, (model, trainer), strict=True):
+        for name, tensors in parts.items():
             _save_tensors(temporary / name, tensors)
-        files = {name: _fingerprint(temporary / name) for name in TENSOR_FILES}
+        files = {name: _fingerprint(temporary / name) for name in parts}
         write_json(temporary / "state.json", {"format": FORMAT, "step": step, **state, "files": files})
-        for name in TENSOR_FILES:  # the library makes them private; whoever may read the run may read them
+        for name in parts:  # the library makes them private; whoever may read the run may read them
             (temporary / name).chmod((temporary / "state.json").stat().st_mode)
         sync_folder(temporary)
         if target.exists():  # a damaged one, which training has now passed again
@@ -69,8 +81,9 @@ def save_checkpoint(
         sync_folder(folder)
     finally:
         remove_leftovers(folder)
-    for old in [path for path in list_checkpoints(folder) if _step_of(path) <= step][:-keep]:
-        old.rename(folder / f"{TEMPORARY}old-{old.name}")  # a kill while deleting leaves no half checkpoint
+    for old in [path for path in list_checkpoints(folder) if step_of(path) <= step][:-keep]:
+        if step_of(old) not in keep_steps and (keep_every is None or step_of(old) % keep_every):
+            old.rename(folder / f"{TEMPORARY}old-{old.name}")  # a kill while deleting leaves no half checkpoint
     remove_leftovers(folder)
     return target
 
@@ -96,13 +109,14 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Return the step in a checkpoint's name."""
     return int(path.name.removeprefix("step-"))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoint folders, oldest first."""
-    return sorted((p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name)), key=_step_of)
+    return sorted((p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name)), key=step_of)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -113,7 +127,8 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in state["files"].items()}
-        complete = state["format"] == FORMAT and set(files) == set(TENSOR_FILES) and isinstance(state["step"], int)
+        known = set(files) - {AVERAGE} == {MODEL, TRAINER}
+        complete = state["format"] == FORMAT and known and isinstance(state["step"], int)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is not a checkpoint: it has no state.json") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -133,17 +148,18 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint that has been found whole.
+def load_checkpoint(path: Path, *, trainer: bool = True) -> Checkpoint:
+    """Read a checkpoint that has been found whole, without the trainer's tensors where only the model is wanted.
 
     Raises CheckpointError for a missing or damaged file.
     """
     state = read_state(path)
     try:
-        model, trainer = (load_file(path / name) for name in TENSOR_FILES)
+        model, rest = load_file(path / MODEL), load_file(path / TRAINER) if trainer else {}
+        average = load_file(path / AVERAGE) if AVERAGE in state["files"] else None
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: its tensors cannot be read ({error})") from error
-    return Checkpoint(path, model, trainer, state)
+    return Checkpoint(path, model, rest, average, state)
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
@@ -162,6 +178,37 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     if damage:
         raise CheckpointError(f"{damage[0]}; no older one is whole: start again with --force, or in another folder")
     return None, []
+
+
+def find_checkpoint(run: Path, name: str | None = None) -> Path:
+    """Return a checkpoint of a run folder by its name.
+
+    Args:
+        run: the run folder.
+        name: "last" or None, the newest whole one; "best", the one with the best evaluation during training; or a
+            step, as "step-00000100" or "100".
+
+    Raises RunFolderError when the run has no checkpoint yet, CheckpointError when it has no such one.
+    """
+    folder = run / CHECKPOINTS
+    if not (known := list_checkpoints(folder)):
+        raise RunFolderError(f"{run} has no checkpoint yet; train on with --resume")
+    listed = f"there are {', '.join(path.name for path in known)}"
+    if name in (None, "last", "best"):
+        newest, _ = newest_whole(folder)
+        assert newest is not None, "there are some"
+        if name != "best":
+            return newest
+        best = read_state(newest).get("best")
+        if not best:
+            raise CheckpointError(f"{run} has no best checkpoint: it has not been evaluated yet; {listed}")
+        found = folder / f"step-{best['step']:08}"
+        name = f"the best checkpoint, {found.name},"
+    else:
+        found = folder / (f"step-{int(name):08}" if name.isdecimal() else name)
+    if found not in known:
+        raise CheckpointError(f"{name} does not exist; {listed}")
+    return found
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

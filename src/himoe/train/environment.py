@@ -36,8 +36,8 @@ def describe_data(corpus: Corpus) -> dict[str, Any]:
     return {
         "name": corpus.name,
         "hash": corpus.hash,
-        "train_tokens": corpus.train.num_tokens,
-        "train_bytes": corpus.train.num_bytes,
+        "train_tokens": sum(stream.num_tokens for stream in corpus.train.values()),
+        "train_bytes": sum(stream.num_bytes for stream in corpus.train.values()),
         "tokenizer": corpus.tokenizer.name,
         "vocab_size": corpus.tokenizer.vocab_size,
         "domains": {

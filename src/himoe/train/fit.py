@@ -1,21 +1,27 @@
-"""What happens between two steps: a log line, an evaluation, a checkpoint, a request to stop.
+"""What happens between two steps: a log line, an evaluation, a checkpoint, a reason to stop.
 
-In this order, so that every line of a step is written before the checkpoint that says the step is done.
+In this order, so that every line of a step is written before the checkpoint that says the step is done, and that
+checkpoint knows the evaluation of its own step.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+from himoe.train.best import Best
 from himoe.train.interrupt import StopRequest
 from himoe.train.journal import Journal, describe_evaluation
-from himoe.train.loop import Trainer
+from himoe.train.loop import DivergedError, Trainer
 from himoe.train.progress import TrainingProgress
+
+FINISHED, STOPPED_EARLY, INTERRUPTED, ALARM = "finished", "stopped early", "interrupted", "stopped by an alarm"
+COMPLETE = (FINISHED, STOPPED_EARLY)
 
 
 def fit(
     trainer: Trainer,
     journal: Journal,
     progress: TrainingProgress,
+    best: Best,
     *,
     steps: int,
     evaluate: Callable[[], dict[str, Any]],
@@ -23,26 +29,59 @@ def fit(
     log_every: int,
     eval_every: int,
     checkpoint_every: int,
-) -> bool:
-    """Train up to `steps`; return False when Ctrl-C or SIGTERM ended it earlier. Either way the last step is saved.
+    keep_best: bool = True,
+    early_stop: int | None = None,
+    stop_on_alarm: bool = False,
+    on_step: Callable[[], object] = lambda: None,
+) -> str:
+    """Train up to `steps`, or until something ends it earlier; the last step is always saved. Return the status.
 
-    The last step is not evaluated here: the caller does it on all held-out text.
+    "finished"; "stopped early", after `early_stop` evaluations in a row without a new best one; "interrupted", by
+    Ctrl-C or SIGTERM; "stopped by an alarm". The last step is evaluated like the others, since it may be the best, but
+    without a line in the log: the caller writes one over all held-out text. `on_step` is called after every step.
+
+    Raises DivergedError when loss or gradient are not finite, with the alarm in the log.
     """
-    saved = None
+    saved, alarm = None, False
     with StopRequest() as stop:
-        while trainer.steps_done < steps and not stop.requested:
-            trainer.step()
-            step, last = trainer.steps_done, trainer.steps_done == steps
-            if step % log_every == 0 or last:
+        while not (trainer.steps_done >= steps or best.ends_training(early_stop) or stop.requested or alarm):
+            last, logged = trainer.steps_done + 1 == steps, (trainer.steps_done + 1) % log_every == 0
+            _step(trainer, journal, measure=logged or last)
+            on_step()
+            step, improved = trainer.steps_done, False
+            if logged or last:
                 progress.show(journal.training_line())
+                alarm = _report_alarms(journal, progress) and stop_on_alarm
             progress.advance(step)
-            if step % eval_every == 0 and not last:
+            if step % eval_every == 0 or last:
                 result = evaluate()
-                journal.evaluation_line(result)
-                progress.say(f"step {step}: {describe_evaluation(result)}")
-            if step % checkpoint_every == 0 or last or stop.requested:
+                improved = best.offer(step, result["bits_per_byte"]) and keep_best
+                if not last:
+                    journal.evaluation_line(result)
+                    progress.say(f"step {step}: {describe_evaluation(result)}")
+            ends = last or stop.requested or alarm or best.ends_training(early_stop)
+            if step % checkpoint_every == 0 or improved or ends:
                 save()
                 saved = step
         if stop.requested and trainer.steps_done != saved:  # the signal came between two steps, or before the first
             save()
-    return not stop.requested
+    if stop.requested:
+        return INTERRUPTED
+    if trainer.steps_done >= steps:
+        return FINISHED
+    return ALARM if alarm else STOPPED_EARLY
+
+
+def _step(trainer: Trainer, journal: Journal, *, measure: bool) -> None:
+    try:
+        trainer.step(measure=measure)
+    except DivergedError as error:
+        journal.alarm_line(error.alarm)
+        raise
+
+
+def _report_alarms(journal: Journal, progress: TrainingProgress) -> bool:
+    """Show the alarms of the last training line; return whether one of them is a reason to stop."""
+    for alarm in journal.alarms:
+        progress.say(f"alarm: {alarm.text}")
+    return any(alarm.stops for alarm in journal.alarms)

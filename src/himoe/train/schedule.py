@@ -6,7 +6,8 @@ either. Inverse square root and constant do not depend on `steps`, so a run with
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 LearningRate = Callable[[int], float]
 
@@ -92,3 +93,15 @@ def learning_rate_schedule(
     }
     shape, options = shapes[name]
     return lambda step: peak * shape(step, **options)
+
+
+def schedule_of(train: Mapping[str, Any]) -> LearningRate:
+    """Return the learning rate that a configuration's `train` table asks for."""
+    return learning_rate_schedule(
+        train["schedule"],
+        train["learning_rate"],
+        steps=train["steps"],
+        warmup_steps=train["warmup_steps"],
+        min_ratio=train["min_learning_rate_ratio"],
+        decay_fraction=train["decay_fraction"],
+    )

@@ -1,9 +1,9 @@
 """A run's checkpoints: what goes into one, whether one belongs to this run, and how everything is put back.
 
 Beside its model's tensors a trainer must remember, as one flat dictionary: `optimizer/<parameter>/<name>` the
-optimizer's state by parameter name · `random/<device>` the states of torch's generators · `statistics/…` and `means/…`
-what has been accumulated since the last log line. Learning rates, data position and epoch are functions of the step and
-need no place here.
+optimizer's state by parameter name · `random/<device>` the states of torch's generators · `statistics/…`, `means/…`
+and `monitor/…` what has been accumulated for log lines to come. Learning rates, data position and epoch are functions
+of the step and need no place here.
 """
 
 from collections.abc import Mapping
@@ -15,21 +15,44 @@ from torch import Tensor
 
 from himoe.errors import CheckpointError
 from himoe.run_folder import LOGS, truncate_log
+from himoe.train.best import Best
 from himoe.train.checkpoint import load_checkpoint, load_model_tensors, model_tensors, save_checkpoint
 from himoe.train.loop import Trainer
+from himoe.train.schedule import schedule_of
 
 # What may differ between the processes of one run, because it does not change what is computed, or only its rounding.
 FREE_KEYS = {
     "name",
     "data.path",  # the content decides, by its hash
+    "data.sources",
+    "data.tokenizer",
+    "data.workers",
     "data.eval_tokens",
     "moe.backend",
     "moe.force",
+    "train.accumulate",
+    "train.recompute",
+    "train.compile",
+    "train.threads",
     "train.log_every",
     "train.eval_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
-    "train.threads",
+    "train.keep_every",
+    "train.keep_best",
+    "train.early_stop",
+    "train.stop_on_alarm",
+    "train.log_to",
+}
+
+# These may differ too, where every step so far has had the learning rate that it would have had with the new values.
+SCHEDULE_KEYS = {
+    "train.steps",
+    "train.learning_rate",
+    "train.min_learning_rate_ratio",
+    "train.warmup_steps",
+    "train.schedule",
+    "train.decay_fraction",
 }
 
 # What `save` records beside the step.
@@ -44,23 +67,37 @@ STATE = {
 
 
 def save(
-    trainer: Trainer, folder: Path, *, seconds: float, config: Mapping[str, Any], data_hash: str, keep: int
+    trainer: Trainer,
+    folder: Path,
+    *,
+    seconds: float,
+    config: Mapping[str, Any],
+    data_hash: str,
+    best: Best | None = None,
+    keep: int = 2,
+    keep_every: int | None = None,
+    keep_best: bool = True,
 ) -> Path:
     """Write a checkpoint of `trainer` into `folder`, at a step boundary; `seconds` is the training time so far."""
+    best = best or Best()
     return save_checkpoint(
         folder,
         trainer.steps_done,
         model=model_tensors(trainer.model),
         trainer=_trainer_tensors(trainer),
+        average=trainer.ema.tensors() if trainer.ema else None,
         state={
             "tokens": trainer.tokens_done,
             "seconds": seconds,
             "step_seconds": trainer.step_seconds,
             "threads": torch.get_num_threads(),
+            "best": best.record(),
             "config": config,
             "data_hash": data_hash,
         },
         keep=keep,
+        keep_every=keep_every,
+        keep_steps={best.step} if keep_best and best.step is not None else (),
     )
 
 
@@ -68,17 +105,38 @@ def check_same_run(path: Path, state: Mapping[str, Any], config: Mapping[str, An
     """Raise CheckpointError, naming each difference, unless the checkpoint is of this configuration and this text."""
     saved, given = _flatten(state.get("config", {})), _flatten(config)
     different = [key for key in sorted(saved.keys() | given.keys()) if saved.get(key) != given.get(key)]
-    wrong = [f"{key} was {saved.get(key)!r}, now {given.get(key)!r}" for key in different if key not in FREE_KEYS]
+    wrong = [key for key in different if key not in FREE_KEYS | SCHEDULE_KEYS]
+    schedule = [key for key in different if key in SCHEDULE_KEYS]
+    if schedule and not _same_rates_until(state["step"], saved, given):
+        wrong += schedule
     if wrong:
+        named = "; ".join(f"{key} was {saved.get(key)!r}, now {given.get(key)!r}" for key in wrong)
+        why = ""
+        if schedule and set(wrong) == set(schedule):
+            why = f", which would have changed the learning rate of steps up to {state['step']}"
         raise CheckpointError(
-            f"checkpoint {path} is of another configuration: {'; '.join(wrong)}; put these values back in "
+            f"checkpoint {path} is of another configuration: {named}{why}; put these values back in "
             f"{path.parents[1] / 'config.json'}, or start a new run"
+        )
+    if given.get("train.steps", state["step"]) < state["step"]:
+        raise CheckpointError(
+            f"checkpoint {path} is beyond train.steps = {given['train.steps']}; train.steps must be at least "
+            f"{state['step']}"
         )
     if state.get("data_hash") != data_hash:
         raise CheckpointError(
             f"checkpoint {path} was trained on other text: its hash was {str(state.get('data_hash'))[:12]}, "
             f"now {data_hash[:12]}; resume with the same data"
         )
+
+
+def _same_rates_until(step: int, *configs: Mapping[str, Any]) -> bool:
+    """Return whether the learning rates of steps 1 … `step` are the same with both configurations, bit for bit."""
+    try:
+        one, other = (schedule_of({key.rpartition(".")[2]: config[key] for key in SCHEDULE_KEYS}) for config in configs)
+    except KeyError:
+        return False
+    return all(one(number) == other(number) for number in range(1, step + 1))
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -102,6 +160,8 @@ def restore(trainer: Trainer, path: Path, config: Mapping[str, Any], data_hash: 
         _load_trainer_tensors(trainer, checkpoint.trainer)
         trainer.steps_done, trainer.tokens_done = checkpoint.state["step"], checkpoint.state["tokens"]
         trainer.step_seconds = checkpoint.state["step_seconds"]
+        if trainer.ema:
+            trainer.ema.load_tensors(checkpoint.average or {}, updates=trainer.steps_done)
     except (KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} does not fit this version's trainer: {error}") from error
     return checkpoint.state
@@ -113,14 +173,10 @@ def _check_state(path: Path, state: Mapping[str, Any]) -> None:
         raise CheckpointError(f"checkpoint {path} is damaged: state.json holds no valid {', '.join(wrong)}")
 
 
-def rewind_logs(folder: Path, step: int, last_step: int) -> None:
-    """Cut the logs back to `step`. The evaluation of the run's last step goes too: it will be made again."""
-
-    def keep(line: dict[str, Any]) -> bool:
-        return line["step"] <= step and not (line.get("kind") == "eval" and line["step"] == last_step)
-
+def rewind_logs(folder: Path, step: int) -> None:
+    """Cut the logs back to `step`, without the final evaluation: it will be made again at the end."""
     for name in LOGS:
-        truncate_log(folder / name, keep)
+        truncate_log(folder / name, lambda line: line["step"] <= step and not line.get("final"))
     (folder / "summary.json").unlink(missing_ok=True)
 
 
@@ -131,6 +187,7 @@ def _trainer_tensors(trainer: Trainer) -> dict[str, Tensor]:
         "random": _random_tensors(),
         "statistics": trainer.statistics.tensors(),
         "means": trainer.means.tensors(),
+        "monitor": trainer.monitor.tensors(),
     }
     return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
@@ -144,6 +201,7 @@ def _load_trainer_tensors(trainer: Trainer, tensors: Mapping[str, Tensor]) -> No
     _load_optimizer_tensors(trainer, part("optimizer"))
     trainer.statistics.load_tensors(part("statistics"))
     trainer.means.load_tensors(part("means"), trainer.device)
+    trainer.monitor.load_tensors(part("monitor"))
     _load_random_tensors(part("random"))
 
 
