@@ -8,6 +8,8 @@ write into the residual stream (attention output, every down projection) 0.02/âˆ
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from himoe.errors import ConfigError
 from himoe.models.attention import Attention, visible
 from himoe.models.cache import Buffer, KVCache
-from himoe.models.recompute import CONTEXTS
+from himoe.models.recompute import CONTEXTS, autocast_without_cache, silence_false_alarm
 from himoe.nn import MoE
 from himoe.types import Routing
 
@@ -162,10 +164,13 @@ class DecoderLM(nn.Module):
         seen = visible(*known, length=first + token_ids.shape[1], first=first, device=token_ids.device)
         x = self.embedding(token_ids)
         routings: list[Routing] = []
-        for layer, block in enumerate(self.blocks):
-            x, routing = block(x, seen, mask, token_ids, None if cache is None else cache.layer(layer))
-            if routing is not None:
-                routings.append(routing)
+        trains = self.training and torch.is_grad_enabled()
+        with autocast_without_cache() if self.recompute != "none" else nullcontext():
+            for layer, block in enumerate(self.blocks):
+                run = block if trains else block._call_impl  # the latter passes by what `compile_blocks` compiled
+                x, routing = run(x, seen, mask, token_ids, None if cache is None else cache.layer(layer))
+                if routing is not None:
+                    routings.append(routing)
         return self.head(self.norm(x)), routings
 
     @property
@@ -180,10 +185,19 @@ class DecoderLM(nn.Module):
         for block in self.blocks:
             block.recompute = mode  # type: ignore[assignment]
 
-    def compile_blocks(self) -> None:
-        """Compile every layer in place; names in the state dict stay, so checkpoints remain interchangeable."""
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile every layer for training, in place: names in the state dict stay, checkpoints are interchangeable.
+
+        In eval mode or without gradients the layers run as they are, so a text's score is that of the uncompiled
+        model to the last bit, and evaluation's other shapes compile nothing. A part that torch cannot compile runs
+        as it is too; with recompute, the whole layer does.
+
+        Args:
+            **options: of `torch.compile`.
+        """
+        silence_false_alarm()
         for block in self.blocks:
-            block.compile()
+            block.compile(**options)
 
     def moe_layer_indices(self) -> list[int]:
         """Return which layers are MoE, in the order of the routings."""

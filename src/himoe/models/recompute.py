@@ -10,7 +10,9 @@ Every mode keeps the routing (`himoe::saved_routing`): recomputed logits may dif
 that a token is sent to must not.
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,3 +52,31 @@ def _full() -> Any:
 
 
 CONTEXTS: dict[str, Callable[[], Any]] = {"selective": _selective, "full": _full}
+
+
+@contextmanager
+def autocast_without_cache() -> Iterator[None]:
+    """Let autocast cast every weight anew inside.
+
+    Its cache may hold a weight in the first forward pass and no more in the second, which then would run other
+    operators than the first.
+    """
+    was = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(was)
+
+
+def silence_false_alarm() -> None:
+    """Hide torch's advice, once per process, that a compiled checkpoint must not change a kept result in place.
+
+    Nothing here does: what a layer writes in place are index tensors of its own, which no mode keeps.
+    """
+    log = logging.getLogger("torch._higher_order_ops.wrap")
+    log.addFilter(_is_no_false_alarm)  # adding it again changes nothing
+
+
+def _is_no_false_alarm(record: logging.LogRecord) -> bool:
+    return "context_fn is passed to torch.utils.checkpoint under torch.compile" not in record.getMessage()
