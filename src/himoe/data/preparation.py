@@ -56,8 +56,8 @@ def prepare(
 
     `out` is a folder to write instead of one in the cache, `cache` replaces the cache folder that the environment
     names, and `progress` is told what is being done, bytes done and bytes in all, 0 where that is not known; it may be
-    called by another thread. Raises `DataError` for text, or a folder, that cannot be used. What was finished before an interruption is kept,
-    and the same call goes on there.
+    called by another thread. Raises `DataError` for text, or a folder, that cannot be used. What was finished before an
+    interruption is kept, and the same call goes on there.
     """
     report = progress or (lambda _stage, _done, _total: None)
     given = None if tokenizer in ("bpe", "byte") else load_tokenizer(Path(tokenizer))
