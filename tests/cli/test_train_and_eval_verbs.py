@@ -32,6 +32,14 @@ SUMMARY = {
 }
 
 
+class RangeTest:
+    def __str__(self):
+        return "table"
+
+    def as_dict(self):
+        return {"suggestion": 0.001}
+
+
 @pytest.fixture
 def calls(monkeypatch, tmp_path):
     """Put a stand-in for the run in place, in an empty working directory; return what it is called with."""
@@ -42,11 +50,15 @@ def calls(monkeypatch, tmp_path):
         given["console"].print("progress")
         return made.summary
 
+    def range_test(config, console):
+        made.range_test = config
+        return RangeTest()
+
     def write_report(run, out=None):
         made.report = (run, out)
         return out or run / "report.html"
 
-    monkeypatch.setitem(sys.modules, "himoe.run", SimpleNamespace(train=train))
+    monkeypatch.setitem(sys.modules, "himoe.run", SimpleNamespace(train=train, range_test=range_test))
     monkeypatch.setitem(sys.modules, "himoe.report", SimpleNamespace(write_report=write_report))
     monkeypatch.chdir(tmp_path)
     return made
@@ -156,11 +168,59 @@ def test_dry_run_prints_a_file_that_gives_the_same_configuration(calls, capsys, 
     assert [path.name for path in tmp_path.iterdir()] == ["again.toml"]
 
 
+def test_seed_profile_and_start_are_handed_over(calls):
+    run = store_run("runs/a", finished=True)
+    assert main(["train", "lm_tiny", "--seed", "7", "--profile", "--init-from", str(run), "--out", "o"]) == 0
+    made = calls.train
+    assert made["config"] == load_config("lm_tiny", sets=["seed=7", "train.init_from=runs/a"])
+    assert made["profile"] is True
+    assert main(["train", "lm_tiny", "--seed", "0"]) == 0
+    assert calls.train["config"].seed == 0 and calls.train["profile"] is False
+
+
+@pytest.mark.parametrize("place", ["runs/a", "runs/a/checkpoints/step-00000010"])
+def test_a_start_brings_its_configuration_where_no_recipe_is_named(calls, place):
+    store_run("runs/a", finished=True)
+    assert main(["train", "--init-from", place, "--data", "texts", "--set", "train.steps=9"]) == 0
+    expected = ["train.steps=9", "data.path=texts", f"train.init_from={place}"]
+    assert calls.train["config"] == load_config("lm_tiny", sets=expected)
+    assert main(["train", "--init-from", "runs/b"]) == 2
+
+
+def test_a_start_that_is_no_run_names_the_nearest(calls, capsys):
+    store_run("runs/a-1", finished=True)
+    assert main(["train", "--init-from", "runs/a-2"]) == 2
+    assert "run folder runs/a-2 does not exist; did you mean 'runs/a-1'?" in capsys.readouterr().err
+
+
+def test_finding_a_learning_rate_trains_no_run(calls, capsys, tmp_path):
+    assert main(["train", "lm_tiny", "--find-learning-rate", "--seed", "3"]) == 0
+    assert capsys.readouterr().out == "table\n"
+    assert calls.range_test == load_config("lm_tiny", sets=["seed=3"])
+    assert main(["train", "lm_tiny", "--find-learning-rate", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"suggestion": 0.001}
+    assert calls.train is None and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [("finished", 0), ("stopped early", 0), ("interrupted", 130), ("stopped by an alarm", 3)]
+)
+def test_the_exit_status_says_how_a_run_ended(calls, status, code):
+    calls.summary["status"] = status
+    assert main(["train", "lm_tiny", "--out", "o"]) == code
+
+
 def test_resume_takes_the_configuration_of_the_run(calls):
     run = store_run("somewhere", finished=None)
     assert main(["train", "--resume", "--out", str(run)]) == 0
     assert calls.train["config"].train.steps == 7
     assert (calls.train["out"], calls.train["resume"]) == (run, True)
+
+
+def test_resume_may_change_single_values(calls):
+    run = store_run("somewhere", finished=None)
+    assert main(["train", "--resume", "--out", str(run), "--set", "train.accumulate=4", "--train.log-every", "3"]) == 0
+    assert calls.train["config"] == load_config(run / "config.json", sets=["train.accumulate=4", "train.log_every=3"])
 
 
 def test_resume_alone_takes_the_newest_unfinished_run(calls, capsys):
@@ -169,6 +229,8 @@ def test_resume_alone_takes_the_newest_unfinished_run(calls, capsys):
     store_run("runs/a", finished=None, age=300)
     store_run("runs/b", finished=False, age=200)
     store_run("runs/c", finished=True, age=100)
+    early = store_run("runs/d", finished=True, age=50)
+    (early / "summary.json").write_text('{"status": "stopped early"}', encoding="utf-8")
     assert main(["train", "--resume"]) == 0
     assert calls.train["out"] == Path("runs/b")
     (Path("runs/c") / "summary.json").write_text("{", encoding="utf-8")  # killed while it was written
@@ -196,12 +258,19 @@ def test_a_new_folder_never_has_the_name_of_another(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("extra", "named"),
-    [(["lm_tiny"], "a recipe"), (["--set", "seed=1"], "--set"), (["--data", "x"], "--data"), (["--force"], "--force")],
+    [
+        (["lm_tiny"], "a recipe"),
+        (["--seed", "0"], "--seed"),
+        (["--data", "x"], "--data"),
+        (["--init-from", "x"], "--init-from"),
+        (["--find-learning-rate"], "--find-learning-rate"),
+        (["--force"], "--force"),
+    ],
 )
 def test_resume_refuses_what_would_change_the_run(calls, capsys, extra, named):
     store_run("runs/a", finished=None)
     assert main(["train", "--resume", *extra]) == 2
-    assert f"--resume takes everything from the run folder; leave {named} out" in capsys.readouterr().err
+    assert f"--resume goes on with what stands in the run folder; leave {named} out" in capsys.readouterr().err
     assert calls.train is None
 
 

@@ -42,6 +42,6 @@ def _written(path: Path) -> float:
 
 def _finished(run: Path) -> bool:
     try:
-        return read_json(run / "summary.json").get("status") == "finished"
+        return read_json(run / "summary.json").get("status") in ("finished", "stopped early")
     except RunFolderError:
         return False

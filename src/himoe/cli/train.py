@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from rich.console import Console
 from tyro.conf import Positional, UseAppendAction
@@ -13,6 +13,10 @@ from himoe.cli.parsing import Verb, option
 from himoe.cli.tables import print_summary
 from himoe.config import Config, format_document, load_config
 from himoe.errors import ConfigError
+from himoe.run_folder import run_of
+
+EXIT = {"interrupted": 130, "stopped by an alarm": 3}
+"""Exit status of a run that did not come to its end."""
 
 
 @dataclass(kw_only=True)
@@ -30,49 +34,99 @@ class Train(Verb):
           show the configuration that a file leads to, and write nothing
       himoe train --resume
           go on with the newest unfinished run
+      himoe train --resume --out runs/novels --set train.accumulate=4
+          go on with one value changed that leaves the results alone
+      himoe train --init-from runs/novels --data letters/ --out runs/letters
+          start from a trained model and its tokenizer, on other text
+      himoe train my.toml --find-learning-rate
+          try rising learning rates for 100 steps and suggest one
     """
 
     recipe: Annotated[Positional[str | None], option("[RECIPE | FILE.toml]")] = None
-    """A recipe's name (see `himoe list recipes`), a TOML file, or the config.json of a run. Without it: lm_demo."""
+    """A recipe's name (see `himoe list recipes`), a TOML file, or the config.json of a run.
+    Without it: the configuration of the run at --init-from, or lm_demo."""
     data: Annotated[Path | None, option("PATH")] = None
     """Text file or folder to learn. Without it: what the recipe says, or text that comes with Python."""
     out: Annotated[Path | None, option("DIR")] = None
     """Run folder to write. Without it: runs/NAME-DATE-TIME."""
     changes: Annotated[UseAppendAction[tuple[str, ...]], option("KEY=VALUE", "set")] = ()
     """Change one value of the configuration; may be given often. The word none switches an option off."""
+    seed: Annotated[int | None, option("N")] = None
+    """Decides the initial weights, the training order and all noise. Without it: what the recipe says."""
+    init_from: Annotated[Path | None, option("RUN")] = None
+    """Start from the weights and the tokenizer of a run, or of one of its checkpoints."""
     resume: Annotated[bool, option()] = False
     """Go on from the last checkpoint of the run at --out, or else of the newest unfinished run."""
     force: Annotated[bool, option()] = False
     """Overwrite the run folder if it exists."""
+    profile: Annotated[bool, option()] = False
+    """Record a few steps in profile/ of the run folder: a trace, and the operations that take the time."""
+    find_learning_rate: Annotated[bool, option()] = False
+    """Train with a rising learning rate until it breaks, suggest one, and write nothing."""
     dry_run: Annotated[bool, option()] = False
     """Print the resolved configuration and write nothing."""
 
     def run(self, command: list[str]) -> int:
-        """Train, and print the closing tables; 130 where Ctrl-C stopped the run at a checkpoint."""
+        """Train, and print the closing tables.
+
+        Returns 0 for a run that came to its end, 130 where Ctrl-C and 3 where an alarm stopped it at a checkpoint.
+        """
         config, out = self._resumed() if self.resume else self._new()
         if self.dry_run:
             print(json.dumps(config.model_dump(mode="json")) if self.as_json else format_document(config.model_dump()))
             return 0
+        console = Console(stderr=self.as_json)
+        if self.find_learning_rate:
+            return self._find_learning_rate(config, console)
         from himoe.run import train
 
-        console = Console(stderr=self.as_json)
-        summary = train(config, out=out, resume=self.resume, force=self.force, command=command, console=console)
+        summary = train(
+            config,
+            out=out,
+            resume=self.resume,
+            force=self.force,
+            profile=self.profile,
+            command=command,
+            console=console,
+        )
         if self.as_json:
             print(json.dumps({"run": str(out), **summary}))
         else:
             print_summary(console, summary, out)
-        return 130 if summary["status"] == "interrupted" else 0
+        return EXIT.get(summary["status"], 0)
 
     def _new(self) -> tuple[Config, Path]:
-        overrides = {"data": {"path": str(self.data)}} if self.data else {}
-        config = load_config(self.recipe, sets=self.changes, overrides=overrides)
+        overrides: dict[str, Any] = {} if self.seed is None else {"seed": self.seed}
+        if self.data:
+            overrides["data"] = {"path": str(self.data), "sources": None}
+        if self.init_from:
+            overrides["train"] = {"init_from": str(self.init_from)}
+        source = self.recipe
+        if source is None and self.init_from:
+            source = str(run_of(self.init_from) / "config.json")
+        config = load_config(source, sets=self.changes, overrides=overrides)
         return config, self.out or new_folder(config.name)
 
     def _resumed(self) -> tuple[Config, Path]:
-        given = {"a recipe": self.recipe, "--data": self.data, "--set": self.changes, "--force": self.force}
+        given = {
+            "a recipe": self.recipe,
+            "--data": self.data,
+            "--seed": self.seed is not None,
+            "--init-from": self.init_from,
+            "--force": self.force,
+            "--find-learning-rate": self.find_learning_rate,
+        }
         if clash := [name for name, value in given.items() if value]:
             raise ConfigError(
-                f"--resume takes everything from the run folder; leave {' and '.join(clash)} out, or start a new run"
+                f"--resume goes on with what stands in the run folder; leave {' and '.join(clash)} out, or start a new "
+                "run"
             )
         run = existing_run(self.out) if self.out else newest_unfinished()
-        return load_config(run / "config.json"), run
+        return load_config(run / "config.json", sets=self.changes), run
+
+    def _find_learning_rate(self, config: Config, console: Console) -> int:
+        from himoe.run import range_test
+
+        found = range_test(config, console=console)
+        print(json.dumps(found.as_dict()) if self.as_json else found)
+        return 0
