@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from himoe.data import Corpus, prepare
+from himoe.data import Corpus, TokenStream, prepare
 from himoe.data.embedded import BREAK, HELD_OUT, SHORTEST, docstrings, documents, embedded_source
 from himoe.errors import DataError
 
@@ -19,13 +19,18 @@ def corpus(tmp_path_factory) -> Corpus:
 
 @pytest.fixture(scope="module")
 def train(corpus) -> str:
-    tokens = np.where(corpus.train.tokens == corpus.tokenizer.end_of_document, ord("\n"), corpus.train.tokens)
-    return tokens.astype(np.uint8).tobytes().decode()
+    return "\n".join(text for domain in corpus.domains for text in texts(corpus.train[domain]))
 
 
 def held_out(corpus: Corpus, domain: str) -> list[str]:
-    file = corpus.held_out[domain]
-    return [corpus.tokenizer.decode(ids[:-1]) for ids in np.split(file.tokens, file.document_starts[1:])]
+    return texts(corpus.held_out[domain])
+
+
+def texts(stream: TokenStream) -> list[str]:
+    """The documents of bytes, by the ends that follow each."""
+    tokens = stream[0 : len(stream)]
+    ends = np.flatnonzero(tokens == stream.end_of_document) + 1
+    return [part[:-1].astype(np.uint8).tobytes().decode() for part in np.split(tokens, ends[:-1])]
 
 
 def occurs(text: str, train: str, train_lines: set[str]) -> bool:
@@ -38,7 +43,7 @@ def test_the_three_domains_are_large_enough(corpus):
     assert corpus.domains == ["code", "tests", "prose"]
     for domain in corpus.domains:
         assert corpus.held_out[domain].num_bytes >= HELD_OUT >= 256 * 1024
-    assert corpus.train.num_bytes > 10 * 2**20
+    assert sum(stream.num_bytes for stream in corpus.train.values()) > 10 * 2**20
 
 
 def test_the_domains_are_what_their_names_say(corpus):
@@ -63,15 +68,15 @@ def test_nothing_held_out_stands_in_the_training_part(corpus, train):
 
 
 def test_it_is_the_same_each_time_and_opened_at_once_the_second(corpus, monkeypatch):
-    def refuse(_texts):
-        raise AssertionError("prepared anew")
+    def refuse(_files):
+        raise AssertionError("read anew")
 
-    monkeypatch.setattr("himoe.data.embedded.documents", refuse)
+    monkeypatch.setattr("himoe.data.embedded._read", refuse)
     again = prepare(tokenizer="byte", cache=corpus.folder.parents[1])
     assert again.hash == corpus.hash
 
 
-def test_its_files_are_read_without_importing_them():
+def test_its_files_are_found_without_importing_them():
     program = (
         "import sys; from himoe.data.embedded import embedded_source; embedded_source(); print('torch' in sys.modules)"
     )
@@ -84,7 +89,7 @@ def test_a_python_without_tests_of_its_own_takes_those_of_packages(tmp_path, mon
     for file in stdlib.glob("*.py"):
         shutil.copy(file, tmp_path)
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    assert embedded_source().fingerprint
+    assert embedded_source().signature
 
 
 def test_a_python_without_source_files_is_refused(tmp_path, monkeypatch):

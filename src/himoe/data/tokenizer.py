@@ -131,7 +131,10 @@ class LibraryTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of every text, on all cores."""
-        return [encoding.ids for encoding in self.model.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            return [encoding.ids for encoding in self.model.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception as error:  # the library raises plain Exception, as for an unknown word that has no token
+            raise DataError(f"the tokenizer cannot encode this text: {error}; give another data.tokenizer") from error
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`; bytes that end inside a character become U+FFFD, ends of documents vanish."""
@@ -189,9 +192,7 @@ class LibraryTokenizer(Tokenizer):
             and set(_byte_symbols()) <= self.ids.keys()
             and all(step["type"] in CUTS and step.get("behavior") != "Removed" for step in steps)
             and not any(step.get("add_prefix_space") for step in steps)
-            and not any(
-                token["lstrip"] or token["rstrip"] for token in self.spec["added_tokens"] if not token["special"]
-            )
+            and not any(token["lstrip"] or token["rstrip"] for token in added if not token["special"])
         )
 
 
@@ -249,7 +250,11 @@ def _from_gpt2_files(vocabulary: Path, merges: Path) -> LibraryTokenizer:
     """Read a byte-level BPE from the two files that GPT-2 came with."""
     try:
         ids = json.loads(vocabulary.read_text(encoding="utf-8"))
-        model = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocabulary), str(merges)))
+        lines = [line.split(" ") for line in merges.read_text(encoding="utf-8").splitlines()]
+        pairs = [(line[0], line[1]) for line in lines if len(line) == 2 and line[0] != "#version:"]
+        if missing := [token for pair in pairs for token in (*pair, "".join(pair)) if token not in ids]:
+            raise ValueError(f"there is no token {missing[0]!r}")
+        model = tokenizers.Tokenizer(tokenizers.models.BPE(ids, pairs))
         model.add_special_tokens([end for end in ENDS if end in ids])
     except OSError as error:
         raise DataError(f"{vocabulary}: cannot read the tokenizer: {error.strerror}") from error
