@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from himoe import run_folder
 from himoe.build import build_model
 from himoe.config import Config
 from himoe.data import Corpus, Tokenizer, load_tokenizer, prepare
+from himoe.data.corpus import is_prepared
+from himoe.data.preparation import find_source
 from himoe.data.progress import preparing
-from himoe.data.sources import read_source, read_sources
-from himoe.errors import CheckpointError, ConfigError, DataError, RunFolderError
+from himoe.errors import ConfigError, DataError
 from himoe.functional.groups import Groups
 from himoe.models import DecoderLM
-from himoe.train.checkpoint import list_checkpoints, load_checkpoint, load_model_tensors, newest_whole
+from himoe.train.checkpoint import find_checkpoint, load_checkpoint, load_model_tensors
 from himoe.train.environment import best_device
 from himoe.train.evaluate import Reading, evaluate_domains, evaluate_pieces
 from himoe.train.texts import Text, source_pieces, token_pieces
@@ -44,37 +44,20 @@ def load_run(run: Path, checkpoint: str | None = None, *, ema: bool = True) -> L
 
     Args:
         run: the run folder.
-        checkpoint: a name under `run/checkpoints`, such as "step-00000100"; "best" is the one with the fewest bits per
-            byte in an evaluation during training, "last" and None the newest whole one.
+        checkpoint: as for `find_checkpoint`: "last" or None, "best", or a step.
         ema: take the averaged weights (`train.ema_decay`) where the run has them.
 
     Raises RunFolderError or CheckpointError when something is missing, damaged or foreign.
     """
     config = Config.model_validate(run_folder.read_json(run / "config.json"))
-    path = _find_checkpoint(run, checkpoint)
-    saved = load_checkpoint(path)
+    path = find_checkpoint(run, checkpoint)
+    saved = load_checkpoint(path, trainer=False)
     tokenizer = load_tokenizer(run / "tokenizer.json")
     model = build_model(config, tokenizer.vocab_size)
-    averaged = _average(path) if ema else {}
-    load_model_tensors(model, {**saved.model, **averaged}, path)
+    averaged = ema and saved.average is not None
+    load_model_tensors(model, saved.averaged_model if averaged else saved.model, path)
     weights = "averaged" if averaged else "trained"
     return LoadedRun(config, tokenizer, model.to(best_device()).eval(), path, saved.state["step"], weights)
-
-
-def _average(checkpoint: Path) -> dict[str, Tensor]:
-    """Return the averaged weights of a checkpoint; none where the run kept no average."""
-    file = checkpoint / "ema.safetensors"
-    return load_file(file) if file.exists() else {}
-
-
-def _find_checkpoint(run: Path, name: str | None) -> Path:
-    folder = run / run_folder.CHECKPOINTS
-    if not (known := list_checkpoints(folder)):
-        raise RunFolderError(f"{run} has no checkpoint yet; train on with --resume")
-    path = newest_whole(folder)[0] if name in (None, "last") else folder / name
-    if path not in known:
-        raise CheckpointError(f"{name} does not exist; there are {', '.join(one.name for one in known)}")
-    return path
 
 
 def evaluate(
@@ -111,12 +94,11 @@ def evaluate(
     texts, baselines, source = {}, {}, None
     if data is None:
         texts, baselines = _own_text(run, loaded, console)
-    elif isinstance(data, Path) and (data / "corpus.json").is_file():
+    elif isinstance(data, Path) and is_prepared(data):
         texts = _prepared_text(run, loaded, data)
-    elif isinstance(data, Path):
-        source = read_source(data, text_column=text_column, domain_column=domain_column)
     else:
-        source = read_sources(data, text_column=text_column)
+        path, several = (data, None) if isinstance(data, Path) else (None, data)
+        source = find_source(path, several, text_column=text_column, domain_column=domain_column)
     reading = _reading(loaded.config, loaded.tokenizer, seq_len)
     with console.status("evaluating") as status:  # draws nothing where there is no terminal
 
@@ -132,8 +114,11 @@ def evaluate(
 
 def _own_text(run: Path, loaded: LoadedRun, console: Console) -> tuple[dict[str, Text], dict[str, Any]]:
     """Return the held-out text of a run, and its baselines; raises DataError when it has changed since."""
-    env = run_folder.read_env(run)
-    corpus = load_corpus(loaded.config, console)
+    env, config = run_folder.read_env(run), loaded.config
+    if config.data.tokenizer not in ("bpe", "byte"):  # a file, which may be gone; the run has a copy
+        own = config.data.model_copy(update={"tokenizer": str(run / "tokenizer.json")})
+        config = config.model_copy(update={"data": own})
+    corpus = load_corpus(config, console)
     if corpus.hash != env["data"].get("hash"):
         raise DataError(f"the text that {run} was trained on has changed since; name a text to score with --data")
     return held_out(corpus), env["baselines"]

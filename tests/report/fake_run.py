@@ -4,9 +4,13 @@ import json
 import math
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 DOMAINS = ("code", "tests", "prose")
+ROLES = {"embedding": 0.4, "attention": 0.3, "router": 0.02, "experts": 0.5, "norm": 0.05}
+NEWER = ("data_wait", "norms", "noise_scale", "by_context", "by_length", "effective_experts", "dead_experts", "best")
+"""Keys that folders of the first version lack."""
 EXPERTS, GROUPS, LAYERS = 16, 4, 4
 TOKENS_PER_STEP = 4096
 
@@ -26,6 +30,23 @@ def edit(path: Path, change: Callable[[dict], object]) -> None:
     path.write_text(json.dumps(document))
 
 
+def as_first_version(path: Path) -> Path:
+    """Take away what the run folders of the first version did not have."""
+    for name in ("metrics.jsonl", "load.jsonl"):
+        lines = [line for line in read_lines(path / name) if line.get("kind") != "alarm"]
+        write_lines(path / name, _without(lines))
+    edit(path / "summary.json", lambda summary: (summary.pop("best"), summary.update(_without(summary))))
+    return path
+
+
+def _without(value):
+    if isinstance(value, list):
+        return [_without(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _without(one) for key, one in value.items() if key not in NEWER}
+    return value
+
+
 def fake_run(path: Path, *, steps: int = 300, log_every: int = 10, domains: tuple[str, ...] = DOMAINS) -> Path:
     """Write a run folder as docs/run-folder.md describes it: loads start uneven and settle, all with noise."""
     noise = random.Random(0)
@@ -34,6 +55,11 @@ def fake_run(path: Path, *, steps: int = 300, log_every: int = 10, domains: tupl
     skew = [[math.exp(noise.gauss(0, 0.9)) for _ in range(EXPERTS)] for _ in range(LAYERS)]
     metrics, loads = [], []
     for step in range(log_every, steps + 1, log_every):
+        if step == 2 * log_every:
+            text = (
+                f"layer 2: expert 5 of 16 had under 1 % of a fair share, at step {step}: raise the weight of the loss"
+            )
+            metrics.append(alarm(step, "dead_experts", 2, text))
         age = math.exp(-step / (steps / 6))
         loads.append({"step": step, "layers": [_layer(i, skew[i], age, noise, log_every) for i in range(LAYERS)]})
         metrics.append(_train_line(step, steps, loads[-1]["layers"], noise))
@@ -61,6 +87,8 @@ def _layer(index: int, skew: list[float], age: float, noise: random.Random, log_
         "max_vio_batch": vio + 0.12 + abs(noise.gauss(0, 0.03)),
         "max_vio_window": vio,
         "cv_window": math.sqrt(sum((n / fair - 1) ** 2 for n in load) / EXPERTS),
+        "effective_experts": EXPERTS - 4 * age,
+        "dead_experts": [expert for expert, count in enumerate(load) if count < 0.01 * fair],
         "group_mass": 0.28 + 0.12 * age + 0.01 * index + noise.gauss(0, 0.004),
         "concentration": 0.3 + (0.4 - 0.04 * index) * (1 - age) + noise.gauss(0, 0.008),
     }
@@ -76,7 +104,10 @@ def _train_line(step: int, steps: int, layers: list[dict], noise: random.Random)
         "aux": {"switch": 0.041 + noise.gauss(0, 0.0005), "intra": -0.01 - 0.015 * step / steps, "inter": 0.013},
         "lr": 3e-3 * min(1, step / (0.1 * steps)) * (0.55 + 0.45 * math.cos(math.pi * step / steps)),
         "grad_norm": 0.6 + 2 * math.exp(-step / (steps / 10)) + abs(noise.gauss(0, 0.1)),
+        "norms": {role: {"grad": size, "weight": 40 * size + step / steps} for role, size in ROLES.items()},
+        "noise_scale": 20 + 60 * step / steps if step > steps / 10 else None,
         "tokens_per_second": 7100 + noise.gauss(0, 150),
+        "data_wait": 0.002 + abs(noise.gauss(0, 0.0005)),
         "max_vio": max(layer["max_vio_window"] for layer in layers),
     }
 
@@ -96,7 +127,29 @@ def _eval_line(step: int, steps: int, domains: tuple[str, ...]) -> dict:
         }
     bits = sum(score["bits_per_byte"] for score in scores.values()) / len(scores)
     line = {"kind": "eval", "step": step, "tokens": step * TOKENS_PER_STEP, "seconds": step * 0.6}
-    return {**line, "domains": scores, "bits_per_byte": bits, "loss": bits * 1.62}
+    buckets = {"by_context": _buckets(bits, 3), "by_length": _buckets(bits, 6)}
+    return {**line, "domains": scores, "bits_per_byte": bits, "loss": bits * 1.62, **buckets}
+
+
+def _buckets(bits: float, count: int) -> list[dict]:
+    limits = [-1, *(16 * 4**i for i in range(count))]
+    return [
+        {
+            "from": low + 1,
+            "to": high,
+            "loss": bits * 1.62,
+            "bits_per_byte": bits - 0.1 * i,
+            "tokens": 900,
+            "bytes": 2700,
+        }
+        for i, (low, high) in enumerate(pairwise(limits))
+    ]
+
+
+def alarm(step: int, kind: str, layer: int | None, text: str) -> dict:
+    """Return an alarm line."""
+    line = {"kind": "alarm", "step": step, "tokens": step * TOKENS_PER_STEP, "seconds": step * 0.6}
+    return {**line, "alarm": kind, "layer": layer, "text": text}
 
 
 def _write_heads(path: Path, domains: tuple[str, ...], baselines: dict) -> None:
@@ -155,6 +208,7 @@ def _write_summary(path: Path, metrics: list[dict], layers: list[dict], baseline
         "layers": layers,
         "max_vio_window": max(layer["max_vio_window"] for layer in layers),
         "cv_window": max(layer["cv_window"] for layer in layers),
+        "best": {"step": last["step"] // 2, "bits_per_byte": 1.875},
         "parameters": _parameters(),
         "peak_memory_mib": 812.5,
     }

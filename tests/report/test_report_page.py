@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from fake_run import edit, fake_run, read_lines, write_lines
+from fake_run import ROLES, alarm, as_first_version, edit, fake_run, read_lines, write_lines
 
 from himoe.errors import MissingExtraError, RunFolderError
 from himoe.report import write_report
@@ -142,6 +142,82 @@ def test_scores_of_more_text_stand_apart_from_the_curve(run, page):
     names = [trace["name"] for trace in titled(page(run), "Cross-entropy")["traces"]]
     assert names[:4] == ["training", "code", "tests", "prose"]
     assert names[4:] == ["code, all text", "tests, all text", "prose, all text"]
+
+
+def test_alarms_stand_at_the_top_with_their_step_and_what_to_do(run, page):
+    html = page(run)
+    box = html.split('<div class="alarms">')[1].split("</div>")[0]
+    assert (
+        "An alarm went off" in box and "<b>Step 20: dead experts</b>" in box and "raise the weight of the loss" in box
+    )
+    assert html.index('class="alarms"') < html.index('class="tiles"')
+    lines = read_lines(run / "metrics.jsonl")
+    write_lines(run / "metrics.jsonl", [*lines, *(alarm(280 + i, "loss_spike", None, f"<i>{i}") for i in range(7))])
+    html = page(run)
+    assert "8 alarms went off" in html and "<summary>3 more</summary>" in html
+    assert html.count("loss spike") == 7 and "&lt;i&gt;6" in html
+    write_lines(run / "metrics.jsonl", [line for line in lines if line["kind"] != "alarm"])
+    assert 'class="alarms"' not in page(run)
+
+
+def test_what_training_measured_beside_the_loss_is_drawn(run, page):
+    html = page(run)
+    for which in ("Gradient", "Weight"):
+        assert [trace["name"] for trace in titled(html, f"{which} norm by role")["traces"]] == list(ROLES)
+    assert titled(html, "Gradient norm by role")["traces"][3]["y"][0] == 0.5
+    noise = titled(html, "Gradient noise scale")
+    assert noise["traces"][0]["y"][:4] == [None, None, None, 28]
+    assert noise["layout"]["shapes"][0]["y0"] == 16
+    assert titled(html, "Waiting for data")["layout"]["yaxis"]["tickformat"] == ".1%"
+    assert "0.2\N{NO-BREAK SPACE}% of the time waiting for data" in html
+
+
+def test_the_best_evaluation_is_named_unless_the_run_ended_with_it(run, page):
+    html = page(run)
+    assert "Best along the way" in html and "bits per byte at step 150" in html and "1.875" in html
+    (mark,) = titled(html, "Bits per byte on held-out text")["layout"]["shapes"]
+    assert mark["x0"] == 150 * 4096
+    edit(run / "summary.json", lambda summary: summary["best"].update(step=300))
+    html = page(run)
+    assert "Best along the way" not in html
+    assert "shapes" not in titled(html, "Bits per byte on held-out text")["layout"]
+
+
+def test_scores_by_context_and_by_length_are_bars(run, page):
+    html = page(run)
+    (trace,) = titled(html, "By context")["traces"]
+    bits = read_lines(run / "metrics.jsonl")[-1]["bits_per_byte"]
+    assert (trace["type"], trace["x"]) == ("bar", ["16", "64", "256"])
+    assert trace["y"] == pytest.approx([bits, bits - 0.1, bits - 0.2], rel=1e-4)
+    assert titled(html, "By length of the document")["traces"][0]["x"][-1] == "16,384"
+    lines = read_lines(run / "metrics.jsonl")
+    lines[-1]["by_context"] = lines[-1]["by_context"][:1]
+    write_lines(run / "metrics.jsonl", lines)
+    assert "<h3>By context</h3>" not in page(run)
+
+
+def test_dead_experts_are_named_by_layer(run, page):
+    assert "Dead experts" not in page(run)
+    edit(run / "summary.json", lambda summary: summary["layers"][1].update(dead_experts=[3, 5]))
+    assert "<th scope=col>Dead experts</th>" in (html := page(run))
+    assert "<td>3, 5</td></tr>" in html and "<td>–</td></tr>" in html
+
+
+def test_a_folder_of_the_first_version_is_still_read(run, page):
+    html = page(as_first_version(run))
+    assert "Cross-entropy" in html and "Tokens per second" in html and "Balance by layer" in html
+    for title in ("alarm", "by role", "noise", "Waiting", "waiting", "Best along", "by length", "Effective"):
+        assert title not in html.split("<body>")[1].split("<script")[0]
+
+
+@pytest.mark.parametrize(
+    ("status", "note"),
+    [("stopped early", "no longer became better"), ("stopped by an alarm", "An alarm stopped this run")],
+)
+def test_why_a_run_ended_is_said(run, page, status, note):
+    edit(run / "summary.json", lambda summary: summary.update(status=status))
+    html = page(run)
+    assert note in html and f">{status}</span>" in html
 
 
 def test_user_text_is_escaped_everywhere(tmp_path, page):

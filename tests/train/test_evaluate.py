@@ -192,7 +192,7 @@ def test_scores_by_context_and_by_length_of_the_document():
     text = Text(np.array([0] * 17 + [1, end] + [1, 1, 0, end]), 17 + 2 + 5)
     scored = evaluate(Costly(3), text, Reading(end, seq_len=20, batch_size=1, byte_lengths=lengths))
     context, length = scored.by_context.records(), scored.by_length.records()
-    # Bits: 1 for id 0, 2 for id 1, 3 for the end. Only the last two tokens of the first document are past a context of 16.
+    # Bits: 1 for id 0, 2 for id 1, 3 for the end. Two tokens, which end the first document, have a context above 16.
     sizes = [[(row["from"], row["to"], row["tokens"], row["bytes"]) for row in rows] for rows in (context, length)]
     assert sizes == [[(0, 16, 21, 22), (17, 64, 2, 2)], [(0, 16, 4, 5), (17, 64, 19, 19)]]
     assert [row["bits_per_byte"] for row in context] == pytest.approx([(17 + 2 + 2 + 1 + 3) / 22, (2 + 3) / 2])

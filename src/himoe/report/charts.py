@@ -50,7 +50,8 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
     return {"title": {"text": title}, **more}
 
 
-def _line(curve: Series, name: str, colour: str, **more: Any) -> dict[str, Any]:
+def line_trace(curve: Series, name: str, colour: str, **more: Any) -> dict[str, Any]:
+    """Return a curve, as points where it has a single value."""
     few = sum(value is not None for value in curve.y) == 1
     mode = more.pop("mode", "markers" if few else "lines")
     return {
@@ -66,7 +67,7 @@ def _line(curve: Series, name: str, colour: str, **more: Any) -> dict[str, Any]:
     }
 
 
-def _band(curve: Series, colour: str) -> list[dict[str, Any]]:
+def band_traces(curve: Series, colour: str) -> list[dict[str, Any]]:
     """Return the area between a pooled curve's lowest and highest values."""
     if not curve.low:
         return []
@@ -76,8 +77,8 @@ def _band(curve: Series, colour: str) -> list[dict[str, Any]]:
     return [low, {**edge, **quiet, "y": rounded(curve.high), "fill": "tonexty", "fillcolor": colour}]
 
 
-def _domain_style(index: int) -> dict[str, Any]:
-    """Return the index-th domain's colour and dash; a dash other than solid once the colours are used up."""
+def style_of(index: int) -> dict[str, Any]:
+    """Return the colour and dash of the index-th of several curves; not solid once the colours are used up."""
     dash = DASHES[index // NUM_COLOURS % len(DASHES)]
     return {"colour": f"--series-{index % NUM_COLOURS + 1}", "line": {"dash": dash}}
 
@@ -89,14 +90,14 @@ def _per_domain(run: RunFolder, key: str) -> list[dict[str, Any]]:
         scores = [{"tokens": line.get("tokens"), **_score(line, name, key)} for line in run.evals]
         curve = [score for score in scores if score["size"] == scores[0]["size"]]
         more = [score for score in scores if score["size"] != scores[0]["size"]]
-        style = {**_domain_style(i), "hovertemplate": "%{y:.4g} (at %{x:.3s})"}
+        style = {**style_of(i), "hovertemplate": "%{y:.4g} (at %{x:.3s})"}
         mode = "lines+markers" if len(curve) <= MAX_MARKERS else "lines"
-        traces.append(_line(series(curve, "tokens", lambda score: score["value"]), name, **style, mode=mode))
+        traces.append(line_trace(series(curve, "tokens", lambda score: score["value"]), name, **style, mode=mode))
         if more:
             every = series(more, "tokens", lambda score: score["value"])
             marker = {"symbol": "diamond-open", "size": 10, "line": {"width": 2}}
             style |= {"mode": "markers", "marker": marker, "showlegend": False}
-            diamonds.append(_line(every, f"{name}, all text", **style))
+            diamonds.append(line_trace(every, f"{name}, all text", **style))
     return traces + diamonds
 
 
@@ -114,8 +115,8 @@ def loss_chart(run: RunFolder) -> Chart:
     return Chart(
         "Cross-entropy",
         [
-            *_band(training, "--band"),
-            _line(training, "training", "--quiet", line={"width": 1.5}),
+            *band_traces(training, "--band"),
+            line_trace(training, "training", "--quiet", line={"width": 1.5}),
             *_per_domain(run, "loss"),
         ],
         caption,
@@ -138,18 +139,59 @@ def bits_chart(run: RunFolder) -> Chart:
     bigrams = run.domains if len(run.domains) <= NUM_COLOURS and ends and traces else []
     for i, name in enumerate(bigrams):
         bigram = number(run.baselines.get(name, {}).get("bigram"))
-        colour = _domain_style(i)["colour"]
-        line = _line(Series(ends, [bigram] * 2), f"{name}: bigram", colour, line={"dash": "dash", "width": 1.25})
+        colour = style_of(i)["colour"]
+        line = line_trace(Series(ends, [bigram] * 2), f"{name}: bigram", colour, line={"dash": "dash", "width": 1.25})
         traces.append({**line, "mode": "lines", "hoverinfo": "skip", "hovertemplate": None, "showlegend": False})
     caption = "Bits needed per byte of text: comparable between tokenizers."
     return Chart(
         "Bits per byte on held-out text",
         traces,
         f"{caption} Dashed: the byte-bigram model of the same text." if bigrams else caption,
-        {"xaxis": axis("training tokens"), "yaxis": axis("bits per byte"), "showlegend": len(run.domains) < MAX_LEGEND},
+        {
+            "xaxis": axis("training tokens"),
+            "yaxis": axis("bits per byte"),
+            "showlegend": len(run.domains) < MAX_LEGEND,
+            **_best_mark(run),
+        },
         height=380,
         switches=(("bits", "yaxis"), ("tokens", "xaxis")),
     )
+
+
+def _best_mark(run: RunFolder) -> dict[str, Any]:
+    """Return the layout that marks where the best evaluation was; none for a run that ended there."""
+    step = number(table(run.outcome.get("best")).get("step"))
+    tokens = next((number(line.get("tokens")) for line in run.evals if line["step"] == step), None)
+    if tokens is None or step == number(run.outcome.get("step")):
+        return {}
+    place = {"xref": "x", "yref": "paper", "layer": "below"}
+    mark = {**place, "type": "line", "x0": tokens, "x1": tokens, "y0": 0, "y1": 1}
+    text = {"xref": "x", "yref": "paper", "x": tokens, "y": 1, "yanchor": "top", "xanchor": "right", "text": "best"}
+    return {
+        "shapes": [{**mark, "line": {"color": "--quiet", "width": 1, "dash": "dot"}}],
+        "annotations": [{**text, "showarrow": False, "font": {"color": "--muted", "size": 11}}],
+    }
+
+
+def bucket_chart(records: list[dict[str, Any]], title: str, x_title: str, caption: str) -> Chart:
+    """Bits per byte of the tokens in every range of `by_context` or `by_length`, with their share in the hover text."""
+    total = sum(number(record.get("tokens")) or 0 for record in records)
+    shares = [(number(record.get("tokens")) or 0) / total if total else 0 for record in records]
+    bits = [number(record.get("bits_per_byte")) for record in records]
+    trace = {
+        "type": "bar",
+        "x": [f"{record.get('to'):,}" for record in records],
+        "y": rounded(bits),
+        "text": ["" if value is None else f"{value:.2f}" for value in bits],
+        "textposition": "auto",
+        "textangle": 0,
+        "customdata": rounded(shares, 3),
+        "marker": {"color": "--series-1"},
+        "hovertemplate": "%{y:.3f} bits per byte<br>%{customdata:.1%} of the tokens<extra></extra>",
+    }
+    layout = {"xaxis": axis(x_title, type="category"), "yaxis": axis("bits per byte", rangemode="tozero"),
+              "showlegend": False, "bargap": 0.35, "hovermode": "closest"}  # fmt: skip
+    return Chart(title, [trace] if len(records) > 1 else [], caption, layout)
 
 
 def _level(y: float, **line: Any) -> dict[str, Any]:
@@ -201,7 +243,7 @@ def layer_chart(loads: LoadHistory, statistic: str, title: str, caption: str, **
     for i, layer in enumerate(loads.layers):
         name, colour = f"layer {layer.layer}", f"ramp:{i / max(1, count - 1):.3f}"
         hover = {"hovertemplate": f"{name}, step %{{x}}: %{{y:.4g}}<extra></extra>"} if many else {}
-        traces.append(_line(Series(list(loads.ends), layer.statistics[statistic]), name, colour, **hover))
+        traces.append(line_trace(Series(list(loads.ends), layer.statistics[statistic]), name, colour, **hover))
     if many:
         caption += " Colours run from the first layer (violet) to the last (yellow)."
     layout = {"xaxis": axis("step"), "showlegend": not many, "hovermode": "closest" if many else "x unified"}
@@ -220,30 +262,3 @@ def bounded(low: float, low_text: str, high_text: str) -> dict[str, Any]:
             {**text, "y": low, "yanchor": "top", "text": low_text},
         ],
     }
-
-
-def auxiliary_chart(run: RunFolder) -> Chart:
-    """Every auxiliary loss over steps."""
-    names = list(dict.fromkeys(name for line in run.train for name in table(line.get("aux"))))
-    traces = []
-    for i, name in enumerate(names):
-        curve = series(run.train, "step", lambda line, n=name: table(line.get("aux")).get(n))
-        traces.append(_line(curve, name, f"--series-{i % NUM_COLOURS + 1}"))
-    caption = "Weighted and summed over layers, as added to the training loss; a negative one rewards."
-    return Chart("Auxiliary losses", traces, caption, {"xaxis": axis("step"), "showlegend": True})
-
-
-def step_charts(run: RunFolder) -> list[Chart]:
-    """Return the small charts of the optimisation over steps."""
-    charts = [auxiliary_chart(run)]
-    for title, key, caption in (
-        ("Learning rate", "lr", ""),
-        ("Gradient norm", "grad_norm", "Before clipping."),
-        ("Tokens per second", "tokens_per_second", ""),
-    ):
-        curve = series(run.train, "step", lambda line, key=key: line.get(key))
-        traces = [*_band(curve, "--band"), _line(curve, title, "--series-1", line={"width": 1.5})]
-        yaxis = {"rangemode": "tozero", "exponentformat": "SI" if key == "tokens_per_second" else "power"}
-        layout = {"xaxis": axis("step"), "yaxis": yaxis, "showlegend": False}
-        charts.append(Chart(title, traces, caption, layout))
-    return charts

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import Any
 
 from himoe.report.read import number
 
 NOTHING = "–"
+
+
+def text_of(value: Any) -> str:
+    """Return anything as text that is safe in HTML."""
+    return escape(str(value))
 
 
 def show(value: Any, digits: int = 3) -> str:

@@ -29,6 +29,13 @@ def table(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+NOTES = {
+    "interrupted": "This run was interrupted: the numbers are those at its last step.",
+    "stopped by an alarm": "An alarm stopped this run: the numbers are those at its last step.",
+    "stopped early": "This run ended before its last step, because its evaluations no longer became better.",
+}
+
+
 @dataclass
 class RunFolder:
     """One run as its files tell it; `RunFolder.open(path)` reads it, `load_lines()` streams the largest file."""
@@ -40,6 +47,8 @@ class RunFolder:
     """Training lines of metrics.jsonl, in order."""
     evals: list[dict[str, Any]] = field(default_factory=list)
     """Evaluation lines of metrics.jsonl, in order."""
+    alarms: list[dict[str, Any]] = field(default_factory=list)
+    """Alarm lines of metrics.jsonl, in order."""
     summary: dict[str, Any] = field(default_factory=dict)
     """summary.json, or {} when it is missing or older than the last line of metrics.jsonl (a resumed run)."""
     notes: list[str] = field(default_factory=list)
@@ -54,15 +63,16 @@ class RunFolder:
         """
         path = Path(path)
         run = cls(path, config=read_json(path / "config.json"), env=read_json(path / "env.json"))
+        lists = {"train": run.train, "eval": run.evals, "alarm": run.alarms}
         for line in run._lines("metrics.jsonl"):
-            (run.evals if line.get("kind") == "eval" else run.train).append(line)
+            lists.get(str(line.get("kind", "train")), []).append(line)
         run.summary = read_json(path / "summary.json") if (path / "summary.json").exists() else {}
         if run.summary and (number(run.summary.get("step")) or 0) < run._last_step:
             run.summary = {}
         if not run.summary:
             run.notes.append("This run has not ended (or was killed): the numbers are the last ones it wrote.")
-        elif run.summary.get("status") == "interrupted":
-            run.notes.append("This run was interrupted: the numbers are those at its last step.")
+        elif note := NOTES.get(str(run.summary.get("status"))):
+            run.notes.append(note)
         return run
 
     @property

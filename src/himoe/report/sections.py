@@ -11,11 +11,12 @@ import shlex
 from html import escape
 from typing import Any
 
-from himoe.registry import GROUPED_PRESETS, GROUPED_SELECTORS
 from himoe.report import charts
-from himoe.report.numbers import count, duration, saved, show, size
+from himoe.report.headline import headline
+from himoe.report.numbers import NOTHING, count, saved, show, size, text_of
 from himoe.report.page import Page, html_table
 from himoe.report.read import RunFolder, number, table
+from himoe.report.step_charts import step_charts
 from himoe.report.thinning import LoadHistory, load_history
 
 MAX_VIO_TEXT = (
@@ -32,6 +33,9 @@ DOMAIN_TEXT = (
     "Unigram and bigram are byte models of the training text, scored on the same held-out text in bits per byte:"
     " what predicting from byte frequencies alone achieves."
 )
+BY_LENGTH = ("by_context", "by_length")
+CONTEXT_TEXT = "All domains together. The more of a document the model has seen, the better it should predict."
+LENGTH_TEXT = "All domains together; a document’s length is in tokens."
 ONE_GROUP_TEXT = (
     "The experts form one group. <b>C</b> says how decided the router is: low when all experts are the same to it, 1"
     " when it gives a token’s whole probability to one of them."
@@ -49,84 +53,19 @@ MASS_TEXT = (
 def build_page(run: RunFolder, plotly_js: str) -> str:
     """Return the report of `run` as one HTML document."""
     page, loads = Page(run.name), load_history(run)
-    page.parts.append(_headline(run))
+    page.parts.append(headline(run))
     page.section("Learning", _learning(page, run))
     page.section("Held-out text by domain", _domain_table(run))
+    page.section("Held-out text by length", _by_length(page, run))
     page.section("Load of the experts", _load(page, run, loads))
     page.section("What the router learns", _router(page, run, loads))
-    page.section("Optimisation", page.grid(charts.step_charts(run)))
+    page.section("Optimisation", page.grid(step_charts(run)))
     page.section("Run it again", _again(run))
     page.parts.append(
         f"<footer>Made by himoe {escape(str(run.env.get('himoe') or ''))} from the run folder alone."
         " Drag over a chart to zoom in, double-click to zoom out; click a name in a legend to hide it.</footer>"
     )
     return page.document(plotly_js)
-
-
-def _text(value: Any) -> str:
-    return escape(str(value))
-
-
-def _headline(run: RunFolder) -> str:
-    end, data = run.outcome, table(run.env.get("data"))
-    parameters = table(end.get("parameters")) or table(run.env.get("parameters"))
-    status = str(end.get("status"))
-    moe = table(run.config.get("moe"))
-    layers = end.get("layers") or []
-    what = f"<b>{count(parameters.get('total'))} parameters</b>, {count(parameters.get('active'))} active per token"
-    if layers:
-        num_groups = int(number(moe.get("num_groups")) or 1)
-        grouped = moe.get("preset") in GROUPED_PRESETS or moe.get("selector") in GROUPED_SELECTORS
-        groups = f" in {num_groups} groups" if grouped else f" (measured in {num_groups} groups)"
-        groups = groups if num_groups > 1 else ""
-        method = f", balanced by <b>{_text(moe['preset'])}</b>" if moe.get("preset") else ""
-        experts = f"{_text(moe.get('num_experts'))} experts{groups}, top {_text(moe.get('top_k'))}"
-        what += f"; {len(layers)} mixture-of-experts layer{'s' * (len(layers) > 1)} of {experts}{method}"
-    done = f"Trained for <b>{count(end.get('tokens'))} tokens</b> in {duration(end.get('seconds'))}"
-    done = done if number(end.get("tokens")) else "Nothing is recorded yet"
-    done += f"; data: {_text(data['name'])}" if data.get("name") else ""
-    notes = "".join(f'<p class="note">{_text(note)}</p>' for note in run.notes)
-    kind = status if status in ("finished", "interrupted") else "unfinished"
-    return (
-        f'<header><p class="eyebrow">Training run<span class="status {kind}">{_text(status)}</span></p>'
-        f'<h1>{_text(run.name)}</h1><p class="lead">{what}. {done}.</p>{notes}</header>{_tiles(run)}'
-    )
-
-
-def _tile(label: str, value: str, unit: str, hint: str) -> str:
-    unit = f'<span class="unit">{unit}</span>' if unit else ""
-    return f'<div class="tile"><dt>{label}</dt><dd class="value">{value}{unit}</dd><dd class="hint">{hint}</dd></div>'
-
-
-def _tiles(run: RunFolder) -> str:
-    end, tiles = run.outcome, []
-    bits, bigram = number(end.get("bits_per_byte")), run.baseline("bigram")
-    if bits is not None:
-        what = "over all held-out text" if end.get("status") == "finished" else "at the last evaluation"
-        tiles.append(_tile("Held-out bits per byte", show(bits), "", f"{what}; lower is better"))
-        if bigram:
-            label = "Under byte-bigram" if bits <= bigram else "Over byte-bigram"
-            share = saved(bits, bigram).removeprefix("−")
-            tiles.append(_tile(label, share, "", f"the bigram model needs {show(bigram)}"))
-    for key, label in (("max_vio_window", "MaxVio, window"), ("cv_window", "CV of load, window")):
-        found = [(number(layer.get(key)), layer.get("layer")) for layer in end.get("layers") or []]
-        value, layer = max(((value, layer) for value, layer in found if value is not None), default=(None, None))
-        if value is not None:
-            tiles.append(_tile(label, show(value), "", f"layer {_text(layer)}, the worst; 0 is perfectly even"))
-    if number(end.get("tokens_per_second")) is not None:
-        tiles.append(_tile("Tokens per second", show(end["tokens_per_second"], 0), "", _machine(run)))
-    memory = number(end.get("peak_memory_mib"))
-    if memory is not None:
-        value, unit = size(memory * 2**20).split(" ")
-        tiles.append(_tile("Peak memory", value, unit, "of the whole process"))
-    return f'<dl class="tiles">{"".join(tiles)}</dl>' if tiles else ""
-
-
-def _machine(run: RunFolder) -> str:
-    device, threads = str(run.env.get("device") or "cpu"), run.env.get("threads")
-    if device != "cpu" or not threads:
-        return f"on {_text(device)}"
-    return f"on {_text(threads)} CPU thread{'s' * (threads != 1)}"
 
 
 def _learning(page: Page, run: RunFolder) -> str:
@@ -146,7 +85,7 @@ def _domain_table(run: RunFolder) -> str:
     for name in run.domains:
         own, base = table(scores.get(name)), run.baselines.get(name, {})
         bits, bigram = own.get("bits_per_byte"), own.get("bigram", base.get("bigram"))
-        row = [_text(name), show(own.get("loss")), show(own.get("perplexity"), 1), f"<b>{show(bits)}</b>"]
+        row = [text_of(name), show(own.get("loss")), show(own.get("perplexity"), 1), f"<b>{show(bits)}</b>"]
         row += [show(own.get("unigram", base.get("unigram"))), show(bigram), f"<b>{saved(bits, bigram)}</b>"]
         rows.append([*row, size(run.held_out_bytes.get(name))])
     if not scores:
@@ -159,6 +98,18 @@ def _domain_table(run: RunFolder) -> str:
         rows.append(["All", show(loss), perplexity, show(bits), unigram, show(bigram), saved(bits, bigram), whole])
     head = ["Domain", "Loss", "Perplexity", "Bits per byte", "Unigram", "Bigram", "Under bigram", "Held-out text"]
     return f"<p>{DOMAIN_TEXT}</p>" + html_table(head, rows, "Scores by domain", total=len(rows) > 1)
+
+
+def _by_length(page: Page, run: RunFolder) -> str:
+    """Return the charts of the last evaluation by context and by document length, where it has them."""
+    last = run.evals[-1] if run.evals else {}
+    context, length = ([one for one in last.get(key) or [] if number(table(one).get("to"))] for key in BY_LENGTH)
+    return page.grid(
+        [
+            charts.bucket_chart(context, "By context", "tokens of the document seen before, up to …", CONTEXT_TEXT),
+            charts.bucket_chart(length, "By length of the document", "tokens of the document, up to …", LENGTH_TEXT),
+        ]
+    )
 
 
 def _load(page: Page, run: RunFolder, loads: LoadHistory) -> str:
@@ -210,12 +161,20 @@ def _layer_table(run: RunFolder) -> str:
         "MaxVio, batch": "max_vio_batch",
         "MaxVio, window": "max_vio_window",
         "CV, window": "cv_window",
+        "Effective experts": "effective_experts",
         "Σm²": "group_mass",
         "C": "concentration",
+        "Dropped": "drop_rate",
     }
-    if any(number(layer.get("drop_rate")) for layer in layers):
-        columns["Dropped"] = "drop_rate"
-    rows = [[_text(layer.get("layer")), *(show(layer.get(key)) for key in columns.values())] for layer in layers]
+    if not any(number(layer.get("drop_rate")) for layer in layers):
+        del columns["Dropped"]
+    if not any(number(layer.get("effective_experts")) for layer in layers):
+        del columns["Effective experts"]
+    rows = [[text_of(layer.get("layer")), *(show(layer.get(key)) for key in columns.values())] for layer in layers]
+    if any(layer.get("dead_experts") for layer in layers):
+        columns["Dead experts"] = "dead_experts"
+        for row, layer in zip(rows, layers, strict=True):
+            row.append(text_of(", ".join(map(str, layer.get("dead_experts") or [])) or NOTHING))
     return html_table(["Layer", *columns], rows, "Balance by layer at the end") if rows else ""
 
 
@@ -224,14 +183,14 @@ def _again(run: RunFolder) -> str:
     command = shlex.join(map(str, command)) if isinstance(command, list) else str(command)
     stored = f"himoe train {shlex.quote(str(run.path / 'config.json'))}"
     parts = [
-        f"<p>{text}</p><div class=command><pre>{_text(line)}</pre></div>"
+        f"<p>{text}</p><div class=command><pre>{text_of(line)}</pre></div>"
         for text, line in (("As it was started:", command), ("From the configuration it stored:", stored))
         if line
     ]
-    rows = "".join(f"<tr><th scope=row>{key}</th><td>{_text(value)}</td></tr>" for key, value in _facts(run) if value)
+    rows = "".join(f"<tr><th scope=row>{key}</th><td>{text_of(value)}</td></tr>" for key, value in _facts(run) if value)
     if rows:
         parts.append(f'<div class="scroll"><table class="facts"><tbody>{rows}</tbody></table></div>')
-    config = _text(json.dumps(run.config, indent=2, ensure_ascii=False))
+    config = text_of(json.dumps(run.config, indent=2, ensure_ascii=False))
     parts.append(
         f"<details><summary>Configuration, with every default filled in</summary><pre>{config}</pre></details>"
     )

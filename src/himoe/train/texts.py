@@ -25,7 +25,8 @@ class Text:
     @classmethod
     def encode(cls, documents: Sequence[str], tokenizer: Tokenizer) -> "Text":
         """Encode documents, each followed by the end-of-document token, as a token file holds them."""
-        ids = [np.array([*ids, tokenizer.end_of_document]) for ids in tokenizer.encode_batch(documents)]
+        end = tokenizer.end_of_document
+        ids = [np.append(np.asarray(ids, dtype=np.int64), end) for ids in tokenizer.encode_batch(documents)]
         return cls(np.concatenate(ids), sum(len(document.encode()) for document in documents))
 
     def prefix(self, num_tokens: int | None, byte_lengths: np.ndarray) -> "Text":
