@@ -110,7 +110,9 @@ def test_which_layers_have_experts(sets, layers):
 ROUND_TRIPS = [
     [],
     ["moe.selector=top_k", "moe.score=sigmoid", 'moe.balancers=[{name="loss_free", rate=1e-3}]'],
-    ["moe.groups=[[0, 1], [2, 3, 4, 5, 6, 7]]", "moe.top_k_per_group=[1, 2]", "moe.layers=[1]"],
+    ["moe.preset=moge", "moe.groups=[[0, 1], [2, 3, 4, 5, 6, 7]]", "moe.top_k_per_group=[1, 2]", "moe.layers=[1]"],
+    ["data.sources={a = \"x.txt\", b-2 = \"y\"}", "data.weights={a = 0.25, b-2 = 0.75}", "data.cross_documents=true"],
+    ["train.ema_decay=0.99", "train.keep_every=1000", "train.early_stop=1", "train.log_to=['wandb']"],
     ["moe.capacity_factor=1.25", "train.betas=[0, 0.99]", "train.threads=2", 'data.path="ä \\"b\\"\\\\c"'],
     ["moe.options={a = 1, b.c = [true, 'x']}", "train.learning_rate=1e-05", "train.schedule=wsd"],
 ]

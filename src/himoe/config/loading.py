@@ -1,7 +1,8 @@
 """From recipe, file and command line to one `Config`: defaults < recipe < file < `--set a.b=c`.
 
-Tables merge key by key, everything else is replaced. Keys that only make sense together are retired together: a layer
-that names another preset, say, drops the options of the preset before it.
+A recipe may lie over another one, as a file does. Tables merge key by key, everything else is replaced. Keys that only
+make sense together are retired together: a layer that names another preset, say, drops the options of the preset before
+it.
 """
 
 import json
@@ -21,13 +22,15 @@ from himoe.errors import ConfigError, nearest
 
 # A layer that sets the key on the left, to anything but none, drops what lower layers said about those on the right.
 RETIRES = {
-    "preset": ("selector", "score", "balancers"),
-    "selector": ("preset", "options", "score"),
-    "groups": ("num_groups", "top_k_per_group"),
-    "num_groups": ("groups", "top_k_per_group"),
-    "top_k": ("top_k_per_group",),
-    "top_k_per_group": ("top_k",),
-    "every": ("layers",),
+    "data.path": ("data.sources", "data.weights"),
+    "data.sources": ("data.path", "data.domain_column", "data.weights"),
+    "moe.preset": ("moe.options", "moe.balancers", "moe.selector", "moe.score"),
+    "moe.selector": ("moe.preset", "moe.options", "moe.score"),
+    "moe.groups": ("moe.num_groups", "moe.top_k_per_group"),
+    "moe.num_groups": ("moe.groups", "moe.top_k_per_group"),
+    "moe.top_k": ("moe.top_k_per_group",),
+    "moe.top_k_per_group": ("moe.top_k",),
+    "moe.every": ("moe.layers",),
 }
 
 
@@ -56,12 +59,25 @@ def load_config(
 def merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
     """Return `base` with `layer` over it; see `RETIRES` for the keys that go together."""
     kept = deepcopy(dict(base))
-    moe, over = kept.get("moe"), layer.get("moe")
-    if isinstance(moe, dict) and isinstance(over, Mapping):
-        retired = [old for key, olds in RETIRES.items() if over.get(key) not in (None, "none") for old in olds]
-        for old in [*retired, *(["options"] if "preset" in over else [])]:
-            moe.pop(old, None)
+    for key, others in RETIRES.items():
+        section, _, name = key.partition(".")
+        if _section(layer, section).get(name) not in (None, "none"):
+            for other in others:
+                _drop(kept, other)
+    if "preset" in _section(layer, "moe"):  # options are a preset's, so that none leaves none
+        _drop(kept, "moe.options")
     return _deep_merge(kept, layer)
+
+
+def _section(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    table = tree.get(name)
+    return table if isinstance(table, Mapping) else {}
+
+
+def _drop(tree: dict[str, Any], key: str) -> None:
+    section, _, name = key.partition(".")
+    if isinstance(table := tree.get(section), dict):
+        table.pop(name, None)
 
 
 def parse_sets(sets: Sequence[str]) -> dict[str, Any]:
@@ -101,7 +117,7 @@ def _deep_merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, 
 
 def _source_layers(source: str | Path | None) -> list[dict[str, Any]]:
     if source is None or Path(source).suffix not in {".toml", ".json"}:
-        return [_recipe(str(source or DEFAULT_RECIPE))]
+        return _recipe_layers(str(source or DEFAULT_RECIPE))
     path = Path(source)
     tree = _read(path)
     if path.suffix == ".json":
@@ -109,11 +125,14 @@ def _source_layers(source: str | Path | None) -> list[dict[str, Any]]:
     base = tree.pop("recipe", DEFAULT_RECIPE)
     if not isinstance(base, str):
         raise ConfigError(f"{path}: recipe = {base}: must be the name of a recipe")
-    return [_recipe(base), {"name": re.sub(r"[^\w.-]+", "-", path.stem)}, tree]
+    return [*_recipe_layers(base), {"name": re.sub(r"[^\w.-]+", "-", path.stem)}, tree]
 
 
-def _recipe(name: str) -> dict[str, Any]:
-    return {"name": name, **tomllib.loads(recipe_text(name))}
+def _recipe_layers(name: str) -> list[dict[str, Any]]:
+    """Return a recipe and, below it, the one that it names in its first line."""
+    tree = tomllib.loads(recipe_text(name))
+    base = tree.pop("recipe", None)
+    return [*(_recipe_layers(base) if base else []), {"name": name, **tree}]
 
 
 def _read(path: Path) -> dict[str, Any]:
