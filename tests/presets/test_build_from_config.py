@@ -13,6 +13,7 @@ from himoe.config.schema import ModelConfig
 from himoe.errors import ConfigError, GuardError, HimoeWarning
 from himoe.functional import scores
 from himoe.models import DecoderLM
+from himoe.nn import GELUMLP, SwiGLU
 
 DIM = 16
 
@@ -222,7 +223,7 @@ def test_what_is_not_causal_is_labelled_once_for_a_model_of_several_layers():
 
 def test_every_key_of_the_model_and_of_its_layers_reaches_its_place(monkeypatch):
     model = {
-        "dim": 48, "num_layers": 3, "num_heads": 6, "num_kv_heads": 3, "ffn_dim": 20,
+        "dim": 48, "num_layers": 3, "num_heads": 6, "num_kv_heads": 3, "ffn_dim": 20, "ffn": "gelu",
         "tie_embeddings": False, "rope_theta": 123.0, "qk_norm": False,
     }  # fmt: skip
     moe = {"layers": [1], "expert_dim": 24, "shared_dim": 12, "experts": "gelu", "backend": "loop",
@@ -241,8 +242,9 @@ def test_every_key_of_the_model_and_of_its_layers_reaches_its_place(monkeypatch)
     with pytest.warns(HimoeWarning, match="Capacity: not causal"):
         built = build_model(load_config("lm_tiny", overrides={"model": model, "moe": moe}), 300)
     feed_forward = given.pop("feed_forward")
-    assert given == {key: value for key, value in model.items() if key != "ffn_dim"} | {"vocab_size": 300}
+    assert given == {key: value for key, value in model.items() if not key.startswith("ffn")} | {"vocab_size": 300}
     assert [feed_forward(layer).down_proj.in_features for layer in (0, 2)] == [20, 20]
+    assert type(feed_forward(0)) is GELUMLP and type(build_model(usual, 300).blocks[0].feed_forward) is SwiGLU
     (layer,) = moe_layers(built)
     assert layer is built.blocks[1].feed_forward
     assert type(layer.experts) is GELUExperts

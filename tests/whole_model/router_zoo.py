@@ -40,9 +40,9 @@ GROUPED = {
     "moge": presets.moge,
     "everything": _with_everything,
 }
-FLAT = {"switch": presets.switch, "loss_free": presets.loss_free}
+FLAT = {"switch": presets.switch, "loss_free": presets.loss_free, "deepseek_v3": presets.deepseek_v3}
 ALL = [*GROUPED, *FLAT]
-CAUSAL = ["hi_moe", "moge", "everything", "switch", "loss_free"]
+CAUSAL = ["hi_moe", "moge", "everything", "switch", "loss_free", "deepseek_v3"]
 
 
 def make_router(name: str, num_experts: int = E, top_k: int = K):

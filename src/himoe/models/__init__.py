@@ -2,7 +2,7 @@
 
 from himoe.models.cache import KVCache
 from himoe.models.count import ParameterCounts, parameter_counts
-from himoe.models.generation import generate
+from himoe.models.generation import TextStream, generate
 from himoe.models.lm import DecoderLM
 
-__all__ = ["DecoderLM", "KVCache", "ParameterCounts", "generate", "parameter_counts"]
+__all__ = ["DecoderLM", "KVCache", "ParameterCounts", "TextStream", "generate", "parameter_counts"]

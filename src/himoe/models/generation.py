@@ -6,7 +6,7 @@ the prompt, and on how many times the same prompt stands before it, never on wha
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from himoe.models.cache import KVCache
 from himoe.models.lm import DecoderLM
 
 Tokens = list[int | None]
+CONTEXT = 8  # tokens before the new ones that a tokenizer may look at
 
 
 def generate(
@@ -138,3 +139,36 @@ def _check_options(max_new_tokens: int, temperature: float, top_k: int | None, t
     }
     if problems := [problem for problem, fine in allowed.items() if not fine]:
         raise ConfigError(f"generate: {'; '.join(problems)}")
+
+
+class TextStream:
+    """Turns tokens into text as they come, and holds back bytes that end inside a character until it is complete.
+
+    Args:
+        decode: token ids → text, with U+FFFD for bytes that are no character; a tokenizer's.
+        before: tokens in front, which some tokenizers need to know whether a space follows; their text is not given.
+
+    >>> stream = TextStream(lambda ids: bytes(ids).decode(errors="replace"))
+    >>> [stream.add(byte) for byte in "né".encode()], stream.end()
+    (['n', '', 'é'], '')
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], before: Sequence[int] = ()) -> None:
+        self._decode = decode
+        self._tokens = [*before][-CONTEXT:]
+        self._start, self._given = 0, len(self._tokens)
+
+    def add(self, token: int) -> str:
+        """Add a token; return the text that is complete with it."""
+        self._tokens.append(token)
+        known, text = self._decode(self._tokens[self._start : self._given]), self._decode(self._tokens[self._start :])
+        if text.endswith("\N{REPLACEMENT CHARACTER}") or len(text) <= len(known):
+            return ""
+        self._start, self._given = self._given, len(self._tokens)
+        return text[len(known) :]
+
+    def end(self) -> str:
+        """Return what was held back."""
+        known, text = self._decode(self._tokens[self._start : self._given]), self._decode(self._tokens[self._start :])
+        self._start = self._given = len(self._tokens)
+        return text[len(known) :]
