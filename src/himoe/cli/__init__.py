@@ -16,11 +16,12 @@ import himoe
 from himoe.cli.evaluate import Eval
 from himoe.cli.listing import List
 from himoe.cli.parsing import parse
+from himoe.cli.prepare import Prepare
 from himoe.cli.report import Report
 from himoe.cli.train import Train
 from himoe.errors import ConfigError, HimoeError, HimoeWarning, nearest
 
-VERBS = {"train": Train, "eval": Eval, "report": Report, "list": List}
+VERBS = {"prepare": Prepare, "train": Train, "eval": Eval, "report": Report, "list": List}
 
 ALLOCATION_FAILED = ("can't allocate memory", "not enough memory", "out of memory", "storage size calculation overflow")
 LESS_MEMORY = "make its sizes or train.seq_len smaller, or raise train.accumulate (docs/configuration.md)"
