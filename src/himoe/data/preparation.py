@@ -60,7 +60,7 @@ def prepare(
     interruption is kept, and the same call goes on there.
     """
     report = progress or (lambda _stage, _done, _total: None)
-    given = None if tokenizer in ("bpe", "byte") else load_tokenizer(Path(tokenizer))
+    given = _given_tokenizer(tokenizer)
     if path is not None and is_prepared(Path(path)):
         return _open_as_it_is(Path(path), str(tokenizer), given, report)
     report("reading", 0, 0)
@@ -91,6 +91,33 @@ def find_source(
     if is_unfinished(Path(path)):
         raise DataError(f"{path}: its preparation was not finished; start `himoe prepare … --out {path}` once more")
     return read_source(Path(path), text_column=text_column, domain_column=domain_column)
+
+
+def find_prepared(
+    source: Source,
+    *,
+    tokenizer: str | Path = "bpe",
+    vocab_size: int = 4096,
+    held_out: float = 0.05,
+    deduplicate: bool = False,
+    cache: Path | None = None,
+) -> Path | None:
+    """Return the folder of the cache where `prepare` would find this text; its files are not read for it."""
+    given = _given_tokenizer(tokenizer)
+    settings = _settings(source, str(tokenizer), given, vocab_size, held_out, deduplicate)
+    store = Path(cache) if cache else cache_folder()
+    scan = known_scan(scan_folder(source, store))
+    folder = scan and _place(store, scan, settings)
+    return folder if folder and is_prepared(folder) else None
+
+
+def _given_tokenizer(tokenizer: str | Path) -> Tokenizer | None:
+    """Return the tokenizer that a path names; None for one that is made here."""
+    if tokenizer in ("bpe", "byte"):
+        return None
+    if not Path(tokenizer).exists():
+        raise ConfigError(f"data.tokenizer is {str(tokenizer)!r}; it must be 'bpe', 'byte', or the path of a tokenizer")
+    return load_tokenizer(Path(tokenizer))
 
 
 def _settings(
