@@ -253,16 +253,16 @@ def test_another_model_is_refused_by_name(tmp_path):
         ({**CONFIG, "seed": 1}, "abc", "seed was 0, now 1"),
         ({**CONFIG, "train": {"steps": 30, "log_every": 5}}, "abc", r"train\.steps was 20, now 30"),
         ({**CONFIG, "moe": {"options": {"alpha": 0.2}}}, "abc", r"moe\.options\.alpha was 0\.1, now 0\.2"),
-        ({**CONFIG, "seed": 1}, "abc", r"put these values back in run/config\.json, or start a new run"),
+        ({**CONFIG, "seed": 1}, "abc", "go on with the values that it was trained with, or start a new run"),
         (CONFIG, "abd", "other text"),
     ],
 )
 def test_a_foreign_checkpoint_is_refused_with_what_differs(config, data_hash, words):
-    state = {"config": CONFIG, "data_hash": "abc"}
+    state = {"step": 4, "config": CONFIG, "data_hash": "abc"}
     with pytest.raises(CheckpointError, match=words):
         check_same_run(Path("run/checkpoints/step-00000004"), state, config, data_hash)
 
 
 def test_how_often_to_log_may_change(tmp_path):
-    state = {"config": CONFIG, "data_hash": "abc"}
+    state = {"step": 4, "config": CONFIG, "data_hash": "abc"}
     check_same_run(tmp_path, state, {**CONFIG, "train": {"steps": 20, "log_every": 1}}, "abc")

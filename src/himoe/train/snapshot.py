@@ -115,8 +115,8 @@ def check_same_run(path: Path, state: Mapping[str, Any], config: Mapping[str, An
         if schedule and set(wrong) == set(schedule):
             why = f", which would have changed the learning rate of steps up to {state['step']}"
         raise CheckpointError(
-            f"checkpoint {path} is of another configuration: {named}{why}; put these values back in "
-            f"{path.parents[1] / 'config.json'}, or start a new run"
+            f"checkpoint {path} is of another configuration: {named}{why}; go on with the values that it was trained "
+            "with, or start a new run"
         )
     if given.get("train.steps", state["step"]) < state["step"]:
         raise CheckpointError(
