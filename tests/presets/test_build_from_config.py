@@ -244,7 +244,8 @@ def test_every_key_of_the_model_and_of_its_layers_reaches_its_place(monkeypatch)
     feed_forward = given.pop("feed_forward")
     assert given == {key: value for key, value in model.items() if not key.startswith("ffn")} | {"vocab_size": 300}
     assert [feed_forward(layer).down_proj.in_features for layer in (0, 2)] == [20, 20]
-    assert type(feed_forward(0)) is GELUMLP and type(build_model(usual, 300).blocks[0].feed_forward) is SwiGLU
+    dense = build_model(load_config("lm_tiny", overrides={"moe": {"every": 2}}), 300).blocks[0].feed_forward
+    assert type(feed_forward(0)) is GELUMLP and type(dense) is SwiGLU
     (layer,) = moe_layers(built)
     assert layer is built.blocks[1].feed_forward
     assert type(layer.experts) is GELUExperts

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import himoe
 from himoe.cli.evaluate import Eval
+from himoe.cli.generate import Generate
 from himoe.cli.listing import List
 from himoe.cli.parsing import parse
 from himoe.cli.prepare import Prepare
@@ -21,7 +22,7 @@ from himoe.cli.report import Report
 from himoe.cli.train import Train
 from himoe.errors import ConfigError, HimoeError, HimoeWarning, nearest
 
-VERBS = {"prepare": Prepare, "train": Train, "eval": Eval, "report": Report, "list": List}
+VERBS = {"prepare": Prepare, "train": Train, "eval": Eval, "generate": Generate, "report": Report, "list": List}
 
 ALLOCATION_FAILED = ("can't allocate memory", "not enough memory", "out of memory", "storage size calculation overflow")
 LESS_MEMORY = "make its sizes or train.seq_len smaller, or raise train.accumulate (docs/configuration.md)"
@@ -93,7 +94,7 @@ def _dispatch(arguments: list[str]) -> int:
 def help_text() -> str:
     """Return the help of the program itself, with the first line of each verb."""
     first = {name: (inspect.getdoc(verb) or "").partition("\n")[0] for name, verb in VERBS.items()}
-    return HELP.format(verbs="\n".join(f"  {name:<8}{line}" for name, line in first.items()))
+    return HELP.format(verbs="\n".join(f"  {name:<9}{line}" for name, line in first.items()))
 
 
 def _fail(message: str, status: int, debug: bool) -> int:
