@@ -72,6 +72,37 @@ def test_another_preset_drops_the_options_of_the_one_before():
     assert below["moe"]["options"] == {"inter": 0.1}  # layers are left as they were
 
 
+def test_other_data_drops_what_was_said_of_the_data_before():
+    mixture = {"data": {"sources": {"a": "x"}, "weights": {"a": 1.0}, "vocab_size": 300}}
+    assert merge(mixture, {"data": {"path": "y"}}) == {"data": {"path": "y", "vocab_size": 300}}
+    one_path = {"data": {"path": "y", "domain_column": "kind", "weights": {"z": 1.0}}}
+    assert merge(one_path, mixture) == mixture
+    assert merge(mixture, {"data": {"weights": {"a": 0.5, "b": 0.5}}})["data"]["sources"] == {"a": "x"}
+    assert merge(mixture, {"data": {"path": "none"}})["data"]["sources"] == {"a": "x"}
+
+
+def test_sources_and_their_weights_from_a_file(tmp_path):
+    text = '[data.sources]\n"the web" = "web"\ncode = "c"\n[data.weights]\n"the web" = 0.25\ncode = 0.75\n'
+    file = write(tmp_path / "mixture.toml", text)
+    data = load_config(file).data
+    assert (data.sources, data.weights) == ({"the web": "web", "code": "c"}, {"the web": 0.25, "code": 0.75})
+    over = load_config(file, overrides={"data": {"path": "other.txt"}}).data
+    assert (over.path, over.sources, over.weights) == ("other.txt", None, None)
+
+
+@pytest.mark.parametrize("key", ["data.weights", "data.sources", "data.domain_column", "data.workers"])
+def test_none_leaves_out_what_data_may_do_without(key):
+    name = key.partition(".")[2]
+    assert getattr(load_config("lm_tiny", sets=[f"{key}=none"]).data, name) is None
+
+
+@pytest.mark.parametrize("name", ["ema_decay", "init_from", "keep_every", "early_stop"])
+def test_none_leaves_out_what_training_may_do_without(tmp_path, name):
+    file = write(tmp_path / "mine.toml", f'[train]\n{name} = "none"\nrecompute = "none"\n')
+    train = load_config(file).train
+    assert (getattr(train, name), train.recompute) == (None, "none")
+
+
 def test_a_selector_takes_the_place_of_the_preset_and_back():
     spelled = load_config("lm_tiny", sets=["moe.selector=top_k"])
     assert (spelled.moe.preset, spelled.moe.selector, spelled.moe.score) == (None, "top_k", "softmax")
@@ -111,7 +142,7 @@ ROUND_TRIPS = [
     [],
     ["moe.selector=top_k", "moe.score=sigmoid", 'moe.balancers=[{name="loss_free", rate=1e-3}]'],
     ["moe.preset=moge", "moe.groups=[[0, 1], [2, 3, 4, 5, 6, 7]]", "moe.top_k_per_group=[1, 2]", "moe.layers=[1]"],
-    ["data.sources={a = \"x.txt\", b-2 = \"y\"}", "data.weights={a = 0.25, b-2 = 0.75}", "data.cross_documents=true"],
+    ['data.sources={a = "x.txt", b-2 = "y"}', "data.weights={a = 0.25, b-2 = 0.75}", "data.cross_documents=true"],
     ["train.ema_decay=0.99", "train.keep_every=1000", "train.early_stop=1", "train.log_to=['wandb']"],
     ["moe.capacity_factor=1.25", "train.betas=[0, 0.99]", "train.threads=2", 'data.path="ä \\"b\\"\\\\c"'],
     ["moe.options={a = 1, b.c = [true, 'x']}", "train.learning_rate=1e-05", "train.schedule=wsd"],

@@ -6,6 +6,7 @@ from himoe.config import Config, load_config
 from himoe.errors import ConfigError
 
 SPELLED = ["moe.selector=top_k", "moe.num_groups=1"]
+SOURCES = 'data.sources={code = "c.txt", web = "w"}'
 UNEQUAL = "moe.groups=[[0, 1], [2, 3, 4, 5, 6, 7]]"
 
 ONE_PROBLEM = [
@@ -23,7 +24,7 @@ ONE_PROBLEM = [
     (["moe.experts=swiglo"], "or your own 'package.module:Class'; did you mean 'swiglu'?"),
     ([*SPELLED, "moe.selector=topk"], "did you mean 'top_k'?"),
     ([*SPELLED, "moe.score=sofmax"], "did you mean 'softmax'?"),
-    (["train.schedule=cosin"], "must be one of cosine, wsd; did you mean 'cosine'?"),
+    (["train.schedule=cosin"], "must be one of cosine, wsd, linear, inverse_sqrt, constant; did you mean 'cosine'?"),
     # types and ranges
     (["train.steps=1e3"], "train.steps = 1000.0: must be a whole number"),
     (["train.steps=true"], "train.steps = true: must be a whole number"),
@@ -82,6 +83,26 @@ ONE_PROBLEM = [
     (["moe.preset=none"], 'moe.selector = "none": must be given where moe.preset is none; give one of the two'),
     (["moe.score=sigmoid"], "moe.score = \"sigmoid\": cannot stand beside moe.preset ('hi_moe')"),
     ([*SPELLED, "moe.options={a = 1}"], "a balancer's options stand in its own entry of moe.balancers"),
+    # data and training, as far as it is known before anything is read
+    (["data.path=a", 'data.sources={a = "b"}'], "cannot stand beside data.path ('a'); give one of the two"),
+    (["data.sources={a = 3}"], "data.sources.a = 3: must be text in quotes"),
+    (
+        ["data.domain_column=x", 'data.sources={a = "b"}'],
+        "cannot stand beside data.sources, each of which is one domain",
+    ),
+    (["data.domain_column=text"], "data.domain_column = \"text\": is data.text_column ('text') too"),
+    (["data.weights={a = 0.5, b = 0.6}"], "must sum to 1, these sum to 1.1; in proportion: a = 0.454545, b = 0.545455"),
+    (["data.weights={a = 0, b = 0}"], "the shares must sum to 1, these sum to 0"),
+    (["data.weights={a = -1}"], "data.weights.a = -1: must be ≥ 0"),
+    (["data.weights={}"], "must have at least 1"),
+    ([SOURCES, "data.weights={web = 0.5, cod = 0.5}"], "no 'cod', only code, web; did you mean 'code'?"),
+    ([SOURCES, "data.weights={web = 1}"], "must name every one of data.sources, code too; 0 leaves a domain out"),
+    (["train.keep_every=15"], "must be a multiple of train.checkpoint_every (10), such as 10 or 20"),
+    (["train.early_stop=2"], "would never act: there are 2 evaluations (train.steps = 20, train.eval_every = 10)"),
+    (['train.log_to=["wandb", "mlflow", "wandb"]'], "names a writer twice"),
+    (['train.log_to=["wandbb"]'], "did you mean 'wandb'?"),
+    (["train.recompute=all"], "must be one of none, selective, full"),
+    (["train.ema_decay=1"], "train.ema_decay = 1: must be < 1"),
     # groups of unequal size
     (["moe.groups=[[0, 1], [2, 3]]"], "must hold each expert from 0 to 7 exactly once"),
     (["moe.groups=[[0, 1, 1], [2, 3, 4, 5, 6, 7]]", "moe.top_k=2"], "exactly once"),
@@ -118,7 +139,8 @@ def test_all_problems_are_reported_together():
         "5 problems in the configuration:",
         "  seed = -1: must be ≥ 0",
         "  moe.num_expert = 32: unknown key; did you mean 'num_experts'?",
-        "  train.schedule = \"cosin\": must be one of cosine, wsd; did you mean 'cosine'?",
+        '  train.schedule = "cosin": must be one of cosine, wsd, linear, inverse_sqrt, constant; '
+        "did you mean 'cosine'?",
         "  moe.top_k = 40: must be ≤ moe.num_experts (8)",
         "  train.warmup_steps = 50: must be < train.steps (20)",
     ]
@@ -141,6 +163,9 @@ def test_long_values_are_cut():
         ["moe.preset=my.package:router", UNEQUAL, "moe.top_k=3"],
         [UNEQUAL, "moe.top_k=4"],
         ["train.schedule=wsd", "train.warmup_steps=10", "train.decay_fraction=0.5"],
+        [SOURCES, "data.weights={web = 1, code = 0}"],
+        ["data.weights={a = 0.333333, b = 0.333333, c = 0.333333}"],  # domains are known once the text is read
+        ["train.early_stop=1", "train.keep_every=20"],
     ],
 )
 def test_unusual_but_possible_combinations_pass(sets):

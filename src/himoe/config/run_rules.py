@@ -71,8 +71,8 @@ def _early_stop_can_happen(early_stop: int | None, steps: int, eval_every: int) 
     if early_stop is None or early_stop < (evaluations := steps // eval_every):
         return None
     return (
-        f"must be < {evaluations}, the evaluations of train.steps = {steps} at train.eval_every = {eval_every}: "
-        "the first one is always the best so far"
+        f"would never act: there are {evaluations} evaluations (train.steps = {steps}, train.eval_every = "
+        f"{eval_every}) and the first one is the best so far; lower one of the two"
     )
 
 
