@@ -5,6 +5,8 @@ The lines of a table are read from source text, so that PyTorch need not be impo
 
 import ast
 import inspect
+import tomllib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,26 +25,36 @@ SETTLED = {"dim", "hidden_dim", "num_experts", "num_groups", "groups", "top_k", 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of `himoe list`: its name, what it is in a line, and where it is defined."""
+    """One line of `himoe list`: its name, what it is in a line, where it is defined, the recipe that it lies over."""
 
     name: str
     description: str
     where: str
+    base: str | None = None
 
 
 @dataclass(frozen=True)
 class Details(Entry):
     """An entry in full: its options and its whole docstring, or a recipe's text."""
 
-    signature: str
-    text: str
+    signature: str = ""
+    text: str = ""
 
 
 def entries(kind: str) -> list[Entry]:
-    """Return all entries of a table, in its order."""
+    """Return all entries of a table, in its order; a recipe is followed by those that lie over it."""
     if kind == "recipes":
-        return [Entry(name, recipe_description(name), f"himoe/recipes/{name}.toml") for name in names(kind)]
+        return _recipes({name: tomllib.loads(recipe_text(name)).get("recipe") for name in names(kind)})
     return [Entry(name, _first_line(TABLES[kind][name]), TABLES[kind][name]) for name in names(kind)]
+
+
+def _recipes(bases: Mapping[str, str | None], base: str | None = None) -> list[Entry]:
+    """Return the recipes over `base`, each followed by those over it."""
+    found = []
+    for name in (name for name, below in bases.items() if below == base):
+        found.append(Entry(name, recipe_description(name), f"himoe/recipes/{name}.toml", base))
+        found += _recipes(bases, name)
+    return found
 
 
 def details(kind: str, name: str) -> dict[str, str]:
@@ -52,7 +64,7 @@ def details(kind: str, name: str) -> dict[str, str]:
         raise ConfigError(f"no entry {name!r} in {kind}; known: {', '.join(known)}{nearest(name, known)}")
     entry = next(entry for entry in entries(kind) if entry.name == name)
     if kind == "recipes":
-        return asdict(Details(**asdict(entry), signature="", text=recipe_text(name)))
+        return asdict(Details(**asdict(entry), text=recipe_text(name)))
     found = load(kind, name)
     return asdict(Details(**asdict(entry), signature=_signature(found), text=inspect.getdoc(found) or ""))
 

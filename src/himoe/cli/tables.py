@@ -1,5 +1,6 @@
 """The tables that people read at the end of a command."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from himoe.cli.catalogue import Entry
+from himoe.run_folder import CHECKPOINTS, read_log
+
+SHOWN_ALARMS = 3
 
 
 def print_summary(console: Console, summary: Mapping[str, Any], run: Path) -> None:
@@ -16,15 +20,31 @@ def print_summary(console: Console, summary: Mapping[str, Any], run: Path) -> No
     print_domains(console, summary)
     print_layers(console, summary.get("layers", []))
     memory = f", peak memory {mib:,.0f} MiB" if (mib := summary["peak_memory_mib"]) else ""
-    facts = {
-        summary["status"]: f"step {summary['step']:,}, {summary['tokens']:,} tokens in {summary['seconds']:,.0f} s",
-        "speed": f"{summary['tokens_per_second'] or 0:,.0f} tokens/s{memory}",
-        "run folder": str(run),
-    }
+    facts = [
+        (summary["status"], f"step {summary['step']:,}, {summary['tokens']:,} tokens in {summary['seconds']:,.0f} s"),
+        *_best(summary, run),
+        ("speed", f"{summary['tokens_per_second'] or 0:,.0f} tokens/s{memory}"),
+        ("run folder", str(run)),
+    ]
     if (page := run / "report.html").exists():
-        facts["report"] = str(page)
-    for name, fact in facts.items():
-        console.print(f"{name:<12} {escape(fact)}", highlight=False, soft_wrap=True)
+        facts.append(("report", str(page)))
+    alarms = [line for line in read_log(run / "metrics.jsonl") if line.get("kind") == "alarm"]
+    facts += [("alarm", str(line.get("text"))) for line in alarms[:SHOWN_ALARMS]]
+    if len(alarms) > SHOWN_ALARMS:
+        facts.append(("", f"{len(alarms) - SHOWN_ALARMS} more alarms: see the report, or metrics.jsonl"))
+    width = max(12, *(len(name) for name, _ in facts))
+    for name, fact in facts:
+        console.print(f"{name:<{width}} {escape(fact)}", highlight=False, soft_wrap=True)
+
+
+def _best(summary: Mapping[str, Any], run: Path) -> list[tuple[str, str]]:
+    """Return the fact about the best evaluation along the way, unless the run ended with it."""
+    best = summary.get("best")
+    if not best or best["step"] == summary["step"]:
+        return []
+    kept = (run / CHECKPOINTS / f"step-{best['step']:08}").is_dir()
+    use = " (himoe eval … --checkpoint best)" if kept else ""
+    return [("best", f"step {best['step']:,}, {best['bits_per_byte']:.3f} bits per byte on the text scored then{use}")]
 
 
 def print_evaluation(console: Console, result: Mapping[str, Any]) -> None:
@@ -107,6 +127,9 @@ def print_domains(console: Console, result: Mapping[str, Any]) -> None:
             share = f"{100 * (1 - values['bits_per_byte'] / bigram):.1f} %" if bigram else "–"
             baselines = [_number(unigram), _number(bigram), share]
         table.add_row(escape(name), _number(values["bits_per_byte"]), *baselines, f"{values['perplexity']:,.2f}")
+    if len(result["domains"]) > 1 and result.get("loss") is not None:
+        perplexity = math.exp(min(result["loss"], 700.0))
+        table.add_row("all text", _number(result["bits_per_byte"]), *["–" for _ in extra], f"{perplexity:,.2f}")
     console.print(table)
     console.print()
 
@@ -124,30 +147,40 @@ def print_layers(console: Console, layers: Sequence[Mapping[str, Any]]) -> None:
     }
     if any(layer.get("drop_rate") for layer in layers):
         columns["dropped"] = "drop_rate"
+    dead = any(layer.get("dead_experts") for layer in layers)
     console.print("[bold]Balance of the layers[/bold]", highlight=False)
-    table = _table("layer", list(columns))
+    table = _table("layer", [*columns, *["dead"] * dead])
     for layer in layers:
-        table.add_row(str(layer["layer"]), *(_number(layer.get(key)) for key in columns.values()))
+        cells = [_number(layer.get(key)) for key in columns.values()]
+        table.add_row(str(layer["layer"]), *cells, *[str(len(layer.get("dead_experts") or []))] * dead)
     console.print(table)
     console.print("MaxVio, CV: last 50 steps together; the others: mean since the last log line.", style="dim")
     console.print("MaxVio: busiest expert over the mean, less 1. CV: deviation over the mean.", style="dim")
     console.print("Σm²: 1/groups to 1, all on one group. C: 1/group size to 1, all on one expert.", style="dim")
+    if dead:
+        console.print("dead: experts with under 1 % of a fair share.", style="dim")
     console.print()
 
 
 def print_entries(console: Console, tables: Mapping[str, Sequence[Entry]]) -> None:
-    """Print each table's names with their one-line descriptions."""
-    width = max(len(entry.name) for table in tables.values() for entry in table)
+    """Print each table's names with their one-line descriptions; a recipe stands under the one that it lies over."""
+    indents: dict[str, str] = {}
+    for table in tables.values():
+        for entry in table:
+            indents[entry.name] = "  " + indents.get(entry.base or "", "")
+    width = max(len(indents[entry.name] + entry.name) for table in tables.values() for entry in table)
     for kind, table in tables.items():
         console.print(f"[bold]{kind}[/bold]")
         lines = Table.grid(padding=(0, 2))
-        lines.add_column(min_width=width + 2)
+        lines.add_column(min_width=width)
         lines.add_column()
         for entry in table:
-            lines.add_row(f"  {entry.name}", escape(entry.description))
+            lines.add_row(indents[entry.name] + entry.name, escape(entry.description))
         console.print(lines, highlight=False)
         console.print()
     console.print("himoe list TABLE NAME shows an entry in full.", style="dim", highlight=False)
+    if "recipes" in tables:
+        console.print("himoe train RECIPE --dry-run shows a recipe with every key.", style="dim", highlight=False)
 
 
 def print_details(found: Mapping[str, str], use: str) -> None:
