@@ -16,9 +16,13 @@ from himoe.models import DecoderLM
 from himoe.run_folder import read_log
 from himoe.train import fit
 
-
 EVERYTHING = ["train.accumulate=2", "train.recompute=selective", "train.ema_decay=0.9", "train.optimizer=muon"]
-EVERYTHING += ["data.weights={verse=0.75, prose=0.25}", "train.schedule=wsd", "train.early_stop=1", "moe.preset=loss_free"]
+EVERYTHING += [
+    "data.weights={verse=0.75, prose=0.25}",
+    "train.schedule=wsd",
+    "train.early_stop=1",
+    "moe.preset=loss_free",
+]
 
 
 def test_kill_9_and_resume_equal_the_uninterrupted_run(text, tmp_path):
