@@ -81,6 +81,12 @@ def test_other_data_drops_what_was_said_of_the_data_before():
     assert merge(mixture, {"data": {"path": "none"}})["data"]["sources"] == {"a": "x"}
 
 
+def test_what_one_command_line_says_belongs_together():
+    weights = ["data.weights={a = 0.5, b = 0.5}"]
+    data = load_config("lm_tiny", sets=weights, overrides={"data": {"path": "corpus"}}).data
+    assert (data.path, data.weights) == ("corpus", {"a": 0.5, "b": 0.5})
+
+
 def test_sources_and_their_weights_from_a_file(tmp_path):
     text = '[data.sources]\n"the web" = "web"\ncode = "c"\n[data.weights]\n"the web" = 0.25\ncode = 0.75\n'
     file = write(tmp_path / "mixture.toml", text)

@@ -42,7 +42,7 @@ def load_config(
     Args:
         source: a recipe's name, a `.toml` file, or a run's `config.json`; None is the default recipe.
         sets: changes as `"train.steps=100"`; the value is read as TOML, or taken as text where it is not TOML.
-        overrides: a tree of keys that goes over everything else.
+        overrides: a tree of keys that goes over everything else; one layer with `sets`.
 
     Raises:
         ConfigError: every problem found, together.
@@ -51,7 +51,7 @@ def load_config(
     'moge'
     """
     tree: dict[str, Any] = {}
-    for layer in (*_source_layers(source), parse_sets(sets), dict(overrides or {})):
+    for layer in (*_source_layers(source), _deep_merge(parse_sets(sets), overrides or {})):
         tree = merge(tree, layer)
     return Config.model_validate(_nulls(tree))
 
