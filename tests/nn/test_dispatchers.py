@@ -126,3 +126,13 @@ def test_places_do_not_depend_on_padding():
     padded = torch.cat([torch.zeros(30, D), x])
     mask = torch.arange(50) >= 30
     assert torch.equal(moe(padded, mask)[1].kept[mask], moe(x)[1].kept)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_in_eval_nothing_is_dropped_so_a_token_is_what_it_is_alone(order):
+    moe, x = make_moe("switch", top_k=2, dispatcher=Capacity(0.5, order=order)), tokens(30)
+    _, training = moe(x)
+    assert stats.drop_rate(training) > 0
+    y, routing = moe.eval()(x)
+    assert torch.equal(routing.kept, routing.selected)
+    torch.testing.assert_close(torch.cat([moe(token)[0] for token in x.split(1)]), y)
