@@ -91,7 +91,9 @@ def given(tmp_path, monkeypatch):
     path = tmp_path / "notes.txt"
     path.write_text("\n".join(f"{i} roses are red, violets are blue" for i in range(200)))
     sets = [f"train.{key}={json.dumps(value)}" for key, value in KEYS.items()]
-    config = load_config("lm_tiny", sets=[f"data.path={path}", "data.held_out=0.2", f"seed={SEED}", *sets])
+    config = load_config(
+        "lm_tiny", sets=[f"data.path={path}", "data.held_out=0.2", "data.eval_tokens=64", f"seed={SEED}", *sets]
+    )
     assert {key: value for key, value in config.train.model_dump().items() if key not in ELSEWHERE} == KEYS
     run.train(config, out=tmp_path / "run", console=Console(file=io.StringIO()))
     return found
