@@ -22,6 +22,7 @@ except ImportError:  # Windows
 DOCUMENTS = ("config.json", "env.json", "summary.json", "tokenizer.json")
 LOGS = ("metrics.jsonl", "load.jsonl")
 OTHER_FILES = ("report.html",)
+OTHER_FOLDERS = ("profile", "tensorboard", "wandb", "mlflow")
 CHECKPOINTS = "checkpoints"
 
 
@@ -112,6 +113,9 @@ def clear_run_folder(out: Path) -> None:
         shutil.rmtree(path)
     if checkpoints.is_dir() and not any(checkpoints.iterdir()):
         checkpoints.rmdir()
+    for name in OTHER_FOLDERS:
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
     for name in (*LOGS, *OTHER_FILES, *reversed(DOCUMENTS)):  # config.json last: until then it is still a run folder
         (out / name).unlink(missing_ok=True)
         (out / f"{name}.tmp").unlink(missing_ok=True)

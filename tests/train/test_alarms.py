@@ -84,7 +84,7 @@ def test_a_router_that_chooses_the_same_experts_for_every_token_has_collapsed(tm
         ("router_collapse", 20, 0),  # once, not at every line
         ("dead_experts", 50, 0),
     ]
-    assert "tokens go to 2.0 of 8 experts" in alarms[0].text and "MaxVio 3.00" in alarms[0].text
+    assert "went to 2.0 of 8 experts" in alarms[0].text and "MaxVio 3.00" in alarms[0].text
     assert "experts 2, 3, 4, 5, 6, 7 of 8" in alarms[1].text
 
 

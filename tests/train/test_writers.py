@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from himoe.errors import HimoeWarning, MissingExtraError
+from himoe.run_folder import clear_run_folder
 from himoe.train import writers
 from himoe.train.writers import Guarded, JsonLines, RunIdentity, check_writers, flatten, open_writers
 
@@ -51,6 +52,7 @@ def test_numbers_get_names_for_charts():
     assert flatten(TRAIN) == {"train/loss": 2.5, "train/aux/switch": 0.25, "train/max_vio": 1.0}
     assert flatten(LOAD) == {"layer/3/max_vio_window": 0.5}
     assert flatten(EVAL) == {"eval/loss": 2.0, "eval/code/bits_per_byte": 1.5}
+    assert flatten({**EVAL, "final": True}) == flatten(EVAL)
     assert flatten(ALARM) == {}
 
 
@@ -127,6 +129,13 @@ def write(name, folder):
             opened.log(line)
         opened.close()
     assert said == []
+
+
+def test_a_run_that_is_replaced_takes_its_charts_along(tmp_path):
+    (tmp_path / "notes").mkdir()
+    write("tensorboard", tmp_path)
+    clear_run_folder(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
 
 
 def test_tensorboard_shows_numbers_and_alarms_and_hides_what_was_cut_back(tmp_path):

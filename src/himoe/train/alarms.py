@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from himoe.balance.loss_free import LossFree
-from himoe.functional import scores, stats
+from himoe.functional import scores
 from himoe.functional.selection import top_k_per_group
 from himoe.nn import MoE, moe_layers
 from himoe.train.nonfinite import find_nonfinite
@@ -32,7 +32,7 @@ SPIKE_RISE = 0.1
 FIRST_STEPS = 20
 """Routers are not judged before: their first choices come from random weights."""
 SPARE_USED = 0.25
-"""Collapse: of the E − K experts that a token leaves free, the tokens together use less than this share."""
+"""Collapse: of the E − K experts that one token leaves free, all tokens together use less than this share."""
 GROUP_MASS = 0.95
 """Mean Σ m² at which one group holds 97 % of a token's probability, and the experts of the others weigh nothing."""
 BIAS_RANGE = 1.0
@@ -198,15 +198,15 @@ def _num_groups(layer: MoE) -> int:
 def _routing(step: int, record: Mapping[str, Any], layer: MoE) -> Iterator[Alarm]:
     """Judge how many experts, and how many groups, the layer uses."""
     index, total, chosen = record["layer"], layer.router.num_experts, layer.router.top_k
-    used = stats.effective_experts(torch.tensor(record["load"])).item()
+    used = record["effective_experts"]
     if used - chosen < SPARE_USED * (total - chosen):
         yield Alarm(
             "router_collapse",
             step,
             index,
-            f"layer {index}: tokens go to {used:.1f} of {total} experts (effective number; {chosen} is the least), "
-            f"MaxVio {record['max_vio_window']:.2f} over the last {WINDOW} steps, at step {step}: raise the weight of "
-            "the load-balancing loss (himoe list presets NAME), add a balancer such as loss_free, or lower "
+            f"layer {index}: the tokens of the last {WINDOW} steps went to {used:.1f} of {total} experts (effective "
+            f"number; {chosen} is the least), MaxVio {record['max_vio_window']:.2f}, at step {step}: raise the weight "
+            "of the load-balancing loss (himoe list presets NAME), add a balancer such as loss_free, or lower "
             "train.learning_rate",
         )
     if (groups := _num_groups(layer)) > 1 and record["group_mass"] > GROUP_MASS:

@@ -58,12 +58,13 @@ class Statistics:
         assert len(routings) == len(self.layer_indices), "one routing per MoE layer"
         if not routings:
             return
-        self._step_load += torch.stack([stats.selected_load(routing) for routing in routings])
-        self._interval["kept"] += torch.stack([stats.load(routing) for routing in routings])
-        for layer, routing in enumerate(routings):
-            log_p = losses.log_probabilities(routing, "raw")
-            self._interval["group_mass"][layer] += losses.inter_dense(log_p, routing, self.groups)
-            self._interval["concentration"][layer] += losses.intra_group_conditional(log_p, routing, self.groups)
+        selected = torch.stack([stats.selected_load(routing) for routing in routings])
+        dropless = all(routing.kept is routing.selected for routing in routings)
+        self._step_load += selected
+        self._interval["kept"] += selected if dropless else torch.stack([stats.load(routing) for routing in routings])
+        mass, concentration = zip(*(losses.group_measures(routing, self.groups) for routing in routings), strict=True)
+        self._interval["group_mass"] += torch.stack(mass)
+        self._interval["concentration"] += torch.stack(concentration)
         self._interval_micro_batches += 1
 
     @torch.no_grad()

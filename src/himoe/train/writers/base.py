@@ -62,7 +62,7 @@ def flatten(line: Mapping[str, Any]) -> dict[str, float]:
     else:
         own = {key: value for key, value in line.items() if key not in (*POSITION, "domains")}
         named = list(_leaves({line["kind"]: {**own, **line.get("domains", {})}}, "/"))
-    return {name: float(value) for name, value in named if isinstance(value, int | float)}
+    return {name: float(value) for name, value in named if type(value) in (int, float)}
 
 
 def _leaves(tree: Mapping[str, Any], separator: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
