@@ -87,14 +87,13 @@ def test_the_norms_of_a_line_are_those_of_its_own_step_before_clipping(tmp_path)
 def test_the_share_of_waiting_is_of_the_interval(tmp_path):
     trainer = make_trainer()
     journal = Journal(tmp_path, trainer)
-    trainer.step()
-    journal.training_line()
-    before = trainer.step_seconds
-    trainer.step()
-    trainer.batches.wait_seconds += 0.25 * (trainer.step_seconds - before)
-    assert journal.training_line()["data_wait"] >= 0.25
-    trainer.step()
-    assert journal.training_line()["data_wait"] < 0.25
+    shares = []
+    for steps, waited in ((2.0, 0.5), (4.0, 2.0), (1.0, 0.0)):  # seconds
+        before = trainer.step_seconds, trainer.data_seconds
+        trainer.step()
+        trainer.step_seconds, trainer.batches.wait_seconds = before[0] + steps, before[1] + waited
+        shares.append(journal.training_line()["data_wait"])
+    assert shares == pytest.approx([0.25, 0.5, 0.0])
 
 
 def test_alarms_stand_in_the_metrics_after_their_line(tmp_path):
