@@ -8,7 +8,7 @@ from small_models import V, make_lm, make_moe
 from torch import nn
 
 from himoe import Capacity
-from himoe.errors import ConfigError, HimoeError
+from himoe.errors import ConfigError, HimoeError, HimoeWarning
 from himoe.models import generate
 
 pytestmark = pytest.mark.filterwarnings("ignore::himoe.errors.HimoeWarning")
@@ -154,6 +154,12 @@ def test_it_ends_when_all_rows_have():
 def test_what_cannot_work_is_named_at_the_call(prompts, options, message):
     with pytest.raises(ConfigError, match=message):
         generate(make_lm().eval(), prompts, **{"max_new_tokens": 3, **options})
+
+
+def test_a_capacity_that_drops_in_eval_is_warned_of():
+    model = make_lm(lambda _: make_moe("switch", top_k=2, dispatcher=Capacity(0.5, drop_in_eval=True))).eval()
+    with pytest.warns(HimoeWarning, match="set drop_in_eval = False"):
+        generate(model, [[1]], max_new_tokens=3)
 
 
 def test_training_mode_and_broken_weights_are_named():

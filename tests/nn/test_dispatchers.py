@@ -136,3 +136,5 @@ def test_in_eval_nothing_is_dropped_so_a_token_is_what_it_is_alone(order):
     y, routing = moe.eval()(x)
     assert torch.equal(routing.kept, routing.selected)
     torch.testing.assert_close(torch.cat([moe(token)[0] for token in x.split(1)]), y)
+    moe.dispatcher = Capacity(0.5, order=order, drop_in_eval=True)
+    assert torch.equal(moe(x)[1].kept, training.kept)

@@ -5,6 +5,7 @@ the prompt, and on how many times the same prompt stands before it, never on wha
 """
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 
@@ -13,9 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from himoe.errors import ConfigError, HimoeError
+from himoe.errors import ConfigError, HimoeError, HimoeWarning
 from himoe.models.cache import KVCache
 from himoe.models.lm import DecoderLM
+from himoe.nn import Capacity
 
 Tokens = list[int | None]
 CONTEXT = 8  # tokens before the new ones that a tokenizer may look at
@@ -50,6 +52,9 @@ def generate(
     Raises:
         ConfigError: a prompt or an option that cannot work; at the call, not at the first step.
 
+    Warns:
+        HimoeWarning: a capacity limit that drops in eval mode.
+
     >>> from himoe.nn import SwiGLU
     >>> model = DecoderLM(vocab_size=9, dim=8, num_layers=1, num_heads=2, feed_forward=lambda _: SwiGLU(8, 16)).eval()
     >>> len(list(generate(model, [[8, 1, 2], [8]], max_new_tokens=4)))
@@ -60,6 +65,13 @@ def generate(
     _check_options(max_new_tokens, temperature, top_k, top_p, seed)
     if model.training:
         raise ConfigError("generate: the model is in training mode; call model.eval() first")
+    if any(isinstance(module, Capacity) and module.drop_in_eval for module in model.modules()):
+        warnings.warn(
+            "generate: Capacity(drop_in_eval=True) drops other pairs when text is read token by token than when it is "
+            "read at once; set drop_in_eval = False",
+            HimoeWarning,
+            stacklevel=2,
+        )
     draw = _Sampler(prompts, seed, temperature, top_k, top_p)
     return _continue(model, prompts, max_new_tokens, draw, frozenset(stop))
 

@@ -32,8 +32,8 @@ class Capacity(nn.Module):
     """Give every expert a limited number of places in training and drop the pairs that find none.
 
     places = floor(K·factor·T/E), T the real tokens, rounded up to `multiple`, at least 1. Weights are not renormalised
-    after a drop. In eval mode nothing is dropped: what a token gets must not depend on how many others are read with
-    it, or a text read in parts, as in generation, would not be the text read at once.
+    after a drop. In eval mode nothing is dropped, unless asked for: what a token gets must not depend on how many
+    others are read with it, or a text read in parts, as in generation, would not be the text read at once.
 
     Args:
         factor: 1 is the fair share; drops vanish as it grows.
@@ -41,22 +41,25 @@ class Capacity(nn.Module):
             token's first choice before any second (GShard, the Hi-MoE authors), does not where an expert can stand in
             several columns.
         multiple: round the places up to a multiple; the Hi-MoE authors round to even numbers.
+        drop_in_eval: drop in eval mode too, as the Hi-MoE authors do.
     """
 
-    def __init__(self, factor: float, *, order: str = "token_major", multiple: int = 1) -> None:
+    def __init__(
+        self, factor: float, *, order: str = "token_major", multiple: int = 1, drop_in_eval: bool = False
+    ) -> None:
         super().__init__()
         if not factor > 0 or multiple < 1:
             raise ConfigError(f"capacity: factor = {factor} must be above 0 and multiple = {multiple} at least 1")
         if order not in ("token_major", "column_major"):
             raise ConfigError(f"capacity: order = {order!r} must be token_major or column_major")
-        self.factor, self.order, self.multiple = factor, order, multiple
+        self.factor, self.order, self.multiple, self.drop_in_eval = factor, order, multiple, drop_in_eval
         self.causal = order == "token_major"
 
     def forward(
         self, x: Float[Tensor, "T D"], routing: Routing, experts: Experts
     ) -> tuple[Float[Tensor, "T D"], Routing]:
-        """Run the experts on the pairs that found a place, all of them in eval; the new routing's `kept` says which."""
-        if not routing.context.training:
+        """Run the experts on the pairs that found a place; the returned routing's `kept` says which."""
+        if not (routing.context.training or self.drop_in_eval):
             return experts(x, routing.expert_ids, routing.weights, routing.kept), routing
         mask = routing.context.mask
         tokens = routing.expert_ids.new_full((), x.shape[0]) if mask is None else mask.sum()
@@ -67,4 +70,4 @@ class Capacity(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the options."""
-        return f"factor={self.factor}, order={self.order!r}, multiple={self.multiple}"
+        return f"factor={self.factor}, order={self.order!r}, multiple={self.multiple}, drop_in_eval={self.drop_in_eval}"

@@ -95,7 +95,7 @@ def replay_hi_moe(case: Case) -> Deviations:
     balancer = Chain(*([correction] if correction else []), schedule)
     selector = partial(top_k_per_group, groups=groups, k=case["top_k_per_group"])
     router = _router(case, selector, balancer, scores.softmax)
-    dispatcher = Capacity(case["capacity_factor"], order="column_major", multiple=2)
+    dispatcher = Capacity(case["capacity_factor"], order="column_major", multiple=2, drop_in_eval=True)
     for call in case["calls"]:
         schedule.num_steps.fill_(case["warmup_step"] if case["warmup_steps"] else 1)
         router.train(call["mode"] == "train")
