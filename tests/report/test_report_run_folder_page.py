@@ -35,8 +35,9 @@ def test_the_page_names_every_key(run):
 def test_the_pages_examples_are_json():
     examples = re.findall(r"```json\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
     assert [sorted(json.loads(example))[:2] for example in examples] == [
-        ["aux", "grad_norm"],
-        ["bits_per_byte", "domains"],
+        ["aux", "data_wait"],
+        ["bits_per_byte", "by_context"],
+        ["alarm", "kind"],
         ["layers", "step"],
     ]
 
