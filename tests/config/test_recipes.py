@@ -89,8 +89,8 @@ def test_a_recipe_lies_over_the_one_it_names():
 
 def test_a_file_lies_over_both(tmp_path):
     file = tmp_path / "mine.toml"
-    file.write_text('recipe = "lm_small_moge"\n[moe.options]\nalpha = 0.05\n[train]\nsteps = 70\n', encoding="utf-8")
+    file.write_text('recipe = "lm_small_moge"\n[moe.options]\nalpha = 0.05\n[train]\nsteps = 700\n', encoding="utf-8")
     config = load_config(file)
     assert (config.name, config.moe.preset, config.moe.options) == ("mine", "moge", {"alpha": 0.05})
-    assert (config.train.steps, config.train.seq_len) == (70, 512)
+    assert (config.train.steps, config.train.seq_len) == (700, 512)
     assert [entry.name for entry in config.moe.balancers] == ["loss_free"]
