@@ -81,8 +81,12 @@ def test_a_writer_that_cannot_be_opened_is_a_warning(tmp_path, monkeypatch):
     assert len(said) == 1 and "tensorboard cannot be opened (ModuleNotFoundError" in said[0]
 
 
-def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, tmp_path):
     check_writers([])
+    (tmp_path / "a_tool").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(MissingExtraError, match="a_tool is not installed"):
+        check_writers(["a_tool"])  # a folder is no package
     monkeypatch.setattr("himoe.train.writers.opening.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"wandb is not installed.*himoe\[wandb\]"):
         check_writers(["wandb"])

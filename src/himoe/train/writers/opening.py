@@ -21,7 +21,8 @@ WRITERS = {
 def check_writers(names: Sequence[str]) -> None:
     """Raise MissingExtraError unless the packages of all `names` are installed; imports none of them."""
     for name in names:
-        if find_spec(name) is None:
+        found = find_spec(name)
+        if found is None or found.origin is None:  # a mere folder of that name, as wandb leaves where it ran
             raise MissingExtraError(name, name)
 
 
