@@ -1,7 +1,11 @@
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
+
+from himoe.data import preparation
+from himoe.data.sources import read_source
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "grey", "élan", "猫"]
 
@@ -37,3 +41,10 @@ def two_domains(tmp_path) -> Path:
         (folder / "verse" / f"{i}.txt").write_text(make_text(2000, seed=i), encoding="utf-8")
     (folder / "letters.md").write_text(make_text(30_000, seed=99), encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def small_units(monkeypatch):
+    """Let units be of about 4 kB, so that a short text is work for several processes; by default one does it."""
+    monkeypatch.setattr(preparation, "available_cores", lambda: 1)
+    monkeypatch.setattr(preparation, "read_source", partial(read_source, unit_size=4000))

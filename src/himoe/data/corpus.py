@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from himoe.data.files import write_text
 from himoe.data.scan import Progress
 from himoe.data.shards import TokenFile, TokenStream
 from himoe.data.tokenizer import Tokenizer, load_tokenizer
 from himoe.data.writing import CORPUS, FORMAT, PLAN, SIDES, TOKENIZER, description_hash, drop_leftovers
 from himoe.errors import DataError
-from himoe.run_folder import write_text
 
 MARK = '"himoe_corpus"'  # stands at the beginning of every corpus.json of ours, and in no text by chance
 QUICK = 64 * 2**20  # bytes of shards whose hashes are checked every time
@@ -86,9 +86,7 @@ def open_corpus(
     Raises `DataError` naming what is missing or damaged in it.
     """
     description = describe(folder)
-    tokenizer = load_tokenizer(folder / TOKENIZER)
-    if tokenizer.hash != description["tokenizer"]:
-        raise DataError(f"{folder}: {TOKENIZER} differs from its recorded hash; prepare the data again")
+    tokenizer = _tokenizer(folder, description)
     check_shards(folder, description, hashes="none" if just_written else "unless known", report=report)
     if (folder / PLAN).exists():  # killed between its last two steps
         with contextlib.suppress(OSError):
@@ -104,9 +102,18 @@ def open_corpus(
 def verify(folder: Path, report: Progress | None = None) -> tuple[int, int]:
     """Check every byte of a prepared folder; return how many shards it has and their bytes, or raise `DataError`."""
     description = describe(folder)
-    if load_tokenizer(folder / TOKENIZER).hash != description["tokenizer"]:
-        raise DataError(f"{folder}: {TOKENIZER} differs from its recorded hash; prepare the data again")
+    _tokenizer(folder, description)
     return check_shards(folder, description, hashes="all", report=report)
+
+
+def _tokenizer(folder: Path, description: dict[str, Any]) -> Tokenizer:
+    try:
+        tokenizer = load_tokenizer(folder / TOKENIZER)
+    except DataError:
+        tokenizer = None
+    if tokenizer is None or tokenizer.hash != description["tokenizer"]:
+        raise DataError(f"{folder}: {TOKENIZER} is missing or damaged; prepare the data again")
+    return tokenizer
 
 
 def check_shards(

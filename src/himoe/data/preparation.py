@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -68,9 +68,9 @@ def prepare(
     settings = _settings(source, str(tokenizer), given, vocab_size, held_out, deduplicate)
     store = Path(cache) if cache else cache_folder()
     try:
-        return _prepare(source, settings, given, store, out and Path(out), workers, report)
+        return _prepare(source, settings, given, store, Path(out) if out else None, workers, report)
     except OSError as error:
-        raise _cannot_write(out or store, error) from error
+        raise _explained(error, [store, Path(out)] if out else [store]) from error
 
 
 def find_source(
@@ -153,7 +153,9 @@ def _prepare(
             (store / "scans").mkdir(parents=True, exist_ok=True)
             kept = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=store / "scans", prefix=ONCE)))
         pool = stack.enter_context(Pool(min(workers or available_cores(), len(source.units))))
-        scan = scan_source(source, kept, pool, report)
+        kept.mkdir(parents=True, exist_ok=True)
+        with _lock(kept, report):
+            scan = scan_source(source, kept, pool, report)
         if corpus := _found(source, scan, settings, store, out, report):
             return corpus
         folder = out or _place(store, scan, settings)
@@ -165,7 +167,7 @@ def _prepare(
             except DataError as error:
                 warnings.warn(f"{error}: that is done now", HimoeWarning, stacklevel=3)
                 clear(folder)
-        _forget_old_work(store)
+        _forget_old_work(store, but=(folder, kept))
         try:
             build(folder, source, scan, settings, given, pool, report)
         except TextChangedError:
@@ -211,7 +213,7 @@ def _place(store: Path, scan: Scan, settings: Settings) -> Path:
 
 @contextlib.contextmanager
 def _lock(folder: Path, report: Progress) -> Iterator[None]:
-    """Keep other processes from preparing `folder`; waits for one that does so now.
+    """Keep other processes from writing to `folder`; waits for one that does so now.
 
     The lock is the system's and ends with the process. Where there are none, two processes do the same work twice, and
     both come to the same files.
@@ -234,22 +236,26 @@ def _lock(folder: Path, report: Progress) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _forget_old_work(store: Path) -> None:
+def _forget_old_work(store: Path, but: Sequence[Path]) -> None:
     """Delete what unfinished preparations left in the cache long ago, and the digests of texts not used for long."""
     before = time.time() - FORGOTTEN
     for folder in (store / "corpora").glob("*/"):
-        if is_unfinished(folder) and folder.stat().st_mtime < before:
+        if folder not in but and is_unfinished(folder) and folder.stat().st_mtime < before:
             shutil.rmtree(folder, ignore_errors=True)
     for folder in (store / "scans").glob("*/"):
-        if folder.stat().st_mtime < before:
+        if folder not in but and folder.stat().st_mtime < before:
             for unit in folder.glob("*.npz"):
                 unit.unlink(missing_ok=True)
             if folder.name.startswith(ONCE):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _cannot_write(folder: Path, error: OSError) -> DataError:
+def _explained(error: OSError, written: Sequence[Path]) -> DataError:
+    """Return what the system refused, told apart by whether the file lies in a folder that is written to."""
+    place = Path(os.fsdecode(error.filename)).resolve() if isinstance(error.filename, str | bytes) else None
+    if place and not any(place.is_relative_to(folder.resolve()) for folder in written):
+        return DataError(f"{place}: cannot be read: {error.strerror}; mend that, or take it out of the text")
     return DataError(
-        f"{folder}: cannot keep the prepared data there: {error.strerror or error}; free some space and run the same "
-        "again, finished parts are kept; or let HIMOE_CACHE (or --out) name another folder"
+        f"{written[-1]}: cannot keep the prepared data there: {error.strerror or error}; free some space and run the "
+        "same again, finished parts are kept; or let HIMOE_CACHE (or --out) name another folder"
     )

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from himoe.data.files import replacing, write_json
 from himoe.data.pool import Advance, Pool
 from himoe.data.sources import Source, Unit
 from himoe.data.split import DIGEST, digest
 from himoe.errors import DataError
-from himoe.run_folder import write_json
 
 FORMAT = 1
 SUMMARY = "scan.json"
@@ -83,6 +83,7 @@ def known_scan(folder: Path | None) -> Scan | None:
 def scan_source(source: Source, folder: Path, pool: Pool, report: Progress) -> Scan:
     """Read the units that `folder` does not know yet, and return the scan of all."""
     folder.mkdir(parents=True, exist_ok=True)
+    os.utime(folder)  # it is in use
     units = source.units
     total = sum(unit.size for unit in units)
     missing = [index for index in range(len(units)) if not _is_whole(folder, index)]
@@ -109,19 +110,14 @@ def scan_unit(folder: Path, index: int, unit: Unit, advance: Advance) -> int:
         if (unreported := unreported + len(content)) >= REPORTED:
             advance(unreported)
             unreported = 0
-    partial = _unit_file(folder, index).with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with partial.open("wb") as file:
-            np.savez(
-                file,
-                digests=np.frombuffer(digests, DIGEST),
-                sizes=np.frombuffer(sizes, np.int64),
-                domains=np.frombuffer(places, np.uint16),
-                names=np.frombuffer(json.dumps(list(names)).encode(), np.uint8),
-            )
-        partial.replace(_unit_file(folder, index))
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(_unit_file(folder, index)) as file:
+        np.savez(
+            file,
+            digests=np.frombuffer(digests, DIGEST),
+            sizes=np.frombuffer(sizes, np.int64),
+            domains=np.frombuffer(places, np.uint16),
+            names=np.frombuffer(json.dumps(list(names)).encode(), np.uint8),
+        )
     return index
 
 

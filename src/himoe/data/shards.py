@@ -16,6 +16,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from himoe.data.files import partial_name
+
 OPEN_FILES = 128  # shards mapped at a time, over all streams: each holds a file descriptor
 CHUNK = 2**20  # tokens read at a time by what goes over a whole stream
 BUFFER = 8 * 2**20  # bytes of tokens gathered, over all shards of a writer, before they go to disk
@@ -123,7 +125,7 @@ class ShardWriter:
 
     def __exit__(self, *_: object) -> None:
         for name in self._shards:
-            self._partial(name).unlink(missing_ok=True)
+            partial_name(self._folder / name).unlink(missing_ok=True)
 
     def add(self, name: str, ids: Sequence[int] | np.ndarray, *, num_bytes: int, num_documents: int) -> None:
         """Append tokens to the shard `name`, and to its counts the text bytes and documents that they bring."""
@@ -142,10 +144,10 @@ class ShardWriter:
         """Give all shards their names, and return a record of each: file, counts and SHA-256."""
         self._flush()
         for name in self._shards:
-            with self._partial(name).open("ab") as file:
+            with partial_name(self._folder / name).open("ab") as file:
                 os.fsync(file.fileno())
         for name in self._shards:
-            self._partial(name).replace(self._folder / name)
+            partial_name(self._folder / name).replace(self._folder / name)
         return [
             {
                 "file": name,
@@ -159,10 +161,7 @@ class ShardWriter:
 
     def _flush(self) -> None:
         for name, shard in self._shards.items():
-            with self._partial(name).open("ab") as file:
+            with partial_name(self._folder / name).open("ab") as file:
                 file.writelines(shard.buffer)
             shard.buffer.clear()
         self._buffered = 0
-
-    def _partial(self, name: str) -> Path:
-        return self._folder / f"{name}.{os.getpid()}.tmp"

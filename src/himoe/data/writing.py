@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from himoe.data.files import write_json, write_text
 from himoe.data.pool import Advance, Pool
 from himoe.data.scan import Documents, Progress, Scan, first_of_equal, read_unit
 from himoe.data.shards import ShardWriter, token_type
@@ -23,7 +24,7 @@ from himoe.data.sources import Source, Unit
 from himoe.data.split import DIGEST, HeldOut, Lowest, digest
 from himoe.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 from himoe.errors import DataError
-from himoe.run_folder import sync_folder, write_json, write_text
+from himoe.run_folder import sync_folder
 
 FORMAT = 3  # to be raised when the same text would give other files than before
 BPE_SAMPLE = 16 * 2**20  # bytes of training text that the merges are learned from
@@ -69,7 +70,8 @@ def build(
     finished by then is found again.
     """
     _start(folder, {"format": FORMAT, "text": scan.fingerprint, "layout": scan.layout, **asdict(settings)})
-    report("comparing documents", 0, 0)
+    if settings.deduplicate:
+        report("comparing documents", 0, 0)
     kept = first_of_equal(scan) if settings.deduplicate else [None] * len(scan.counts)
     plan = Plan(folder, scan.domains, _bounds(source.name, scan, kept, settings))
     if not (folder / TOKENIZER).exists():
