@@ -15,6 +15,7 @@ from run_case import SHORT, config, lines, read, train, weights
 from himoe import run
 from himoe.config import load_config
 from himoe.errors import MissingExtraError, RunFolderError
+from himoe.train.alarms import Alarm
 
 PAGE = Path(__file__).parents[2] / "docs" / "run-folder.md"
 
@@ -46,11 +47,13 @@ def test_the_page_names_every_key_that_is_written(finished):
     written = {f"data.{key}" for key in env["data"]} | set(env) - {"data"}
     assert page_section("env.json")[0] == written | {"resumed", "init_from"}
     assert page_section("summary.json")[0] == set(summary)
-    _, (train_example, eval_example) = page_section("metrics.jsonl")
+    _, (train_example, eval_example, alarm_example) = page_section("metrics.jsonl")
     metrics = lines(out / "metrics.jsonl")
     assert train_example.keys() == metrics[0].keys()
     assert eval_example.keys() == metrics[-1].keys()
     assert eval_example["domains"]["code"].keys() == metrics[-1]["domains"]["verse"].keys()
+    position = {"kind", "step", "tokens", "seconds"}
+    assert alarm_example.keys() == position | Alarm("loss_spike", 1, None, "higher").line().keys()
     keys, (load_example,) = page_section("load.jsonl")
     load = lines(out / "load.jsonl")[0]
     assert load_example.keys() == load.keys()

@@ -15,6 +15,7 @@ from himoe.run_folder import (
     read_json,
     read_log,
     readable_disk_errors,
+    run_of,
     truncate_log,
     write_json,
     write_text,
@@ -70,12 +71,22 @@ def test_clearing_deletes_our_files_and_no_other(tmp_path):
     make_run(tmp_path)
     (tmp_path / "notes.txt").touch()
     (tmp_path / "checkpoints/mine").mkdir()
+    for name in ("profile/trace.json.gz", "tensorboard/events.out.tfevents.1.host"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
     clear_run_folder(tmp_path)
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
         "checkpoints",
         "checkpoints/mine",
         "notes.txt",
     ]
+
+
+def test_a_checkpoint_belongs_to_its_run(tmp_path):
+    make_run(tmp_path / "run")
+    assert run_of(tmp_path / "run") == run_of(tmp_path / "run/checkpoints/step-00000004") == tmp_path / "run"
+    with pytest.raises(RunFolderError, match=r"ran does not exist; did you mean '.*run'\?"):
+        run_of(tmp_path / "ran/checkpoints/step-00000004")
 
 
 def test_a_document_is_replaced_whole_or_not_at_all(tmp_path):
