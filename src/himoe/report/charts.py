@@ -190,7 +190,7 @@ def bucket_chart(records: list[dict[str, Any]], title: str, x_title: str, captio
         "hovertemplate": "%{y:.3f} bits per byte<br>%{customdata:.1%} of the tokens<extra></extra>",
     }
     layout = {"xaxis": axis(x_title, type="category"), "yaxis": axis("bits per byte", rangemode="tozero"),
-              "showlegend": False, "bargap": 0.35, "hovermode": "closest"}  # fmt: skip
+              "showlegend": False, "bargap": 0.5, "hovermode": "closest"}  # fmt: skip
     return Chart(title, [trace] if len(records) > 1 else [], caption, layout)
 
 

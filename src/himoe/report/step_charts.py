@@ -40,8 +40,10 @@ def _by_role(run: RunFolder, which: str, title: str, caption: str = "") -> Chart
     curves = _named_curves(run, "norms", lambda value: table(value).get(which))
     for curve in curves:
         curve["name"] = curve["name"].replace("_", " ")
-    layout = {"xaxis": axis("step"), "yaxis": {"type": "log", "tickformat": "~g"}, "showlegend": True}
-    return Chart(title, curves, caption, layout)
+    values = [value for curve in curves for value in curve["y"] if value]
+    wide = bool(values) and max(values) > 1000 * min(values)  # ticks at 1, 2 and 5, or at powers of ten only
+    yaxis = {"type": "log", "tickformat": "~g", "dtick": 1 if wide else "D2"}
+    return Chart(title, curves, caption, {"xaxis": axis("step"), "yaxis": yaxis, "showlegend": True})
 
 
 def _noise_chart(run: RunFolder) -> Chart:
