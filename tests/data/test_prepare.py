@@ -1,6 +1,8 @@
+import os
 import random
 import resource
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,17 @@ def test_the_second_time_no_text_is_read(two_domains, spec, no_build, monkeypatc
     second = prepare(two_domains, **spec)
     assert (second.hash, second.tokenizer.hash) == (first.hash, first.tokenizer.hash)
     assert all_documents(second, "train") == all_documents(first, "train")
+
+
+def test_a_change_that_leaves_size_and_time_as_they_were_a_moment_ago_is_noticed(two_domains):
+    file = two_domains / "verse" / "3.txt"
+    file.write_text("a" * 1000, encoding="utf-8")
+    now = time.time_ns()
+    os.utime(file, ns=(now, now))
+    first = prepare(two_domains, tokenizer="byte", held_out=0.2)
+    file.write_text("b" * 1000, encoding="utf-8")
+    os.utime(file, ns=(now, now))
+    assert prepare(two_domains, tokenizer="byte", held_out=0.2).hash != first.hash
 
 
 def test_the_same_text_elsewhere_is_found_again_under_its_own_name(two_domains, spec, no_build):

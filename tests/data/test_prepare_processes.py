@@ -47,6 +47,7 @@ def big(tmp_path, text):
     (tmp_path / "text" / "all").mkdir(parents=True)
     for i in range(4):
         (tmp_path / "text" / "all" / f"{i}.txt").write_text(text(100_000, seed=i), encoding="utf-8")
+        os.utime(tmp_path / "text" / "all" / f"{i}.txt", (10**9, 10**9))
     return tmp_path / "text"
 
 

@@ -7,6 +7,7 @@ learns from. A scan is found again by the signature of its source: unchanged fil
 import hashlib
 import json
 import os
+import time
 import zipfile
 from array import array
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from himoe.errors import DataError
 FORMAT = 1
 SUMMARY = "scan.json"
 MAX_DOMAINS = 1000
+SETTLED = 2 * 10**9  # ns after which a change shows in a file's time: the coarsest file systems count 2 s
 COMPARED = 2 * 2**20  # documents compared with each other at a time
 REPORTED = 4 * 2**20  # bytes between two reports
 
@@ -64,8 +66,11 @@ class Scan:
 
 
 def scan_folder(source: Source, cache: Path) -> Path | None:
-    """Return where the scan of a source is kept, if it can be."""
-    if source.signature is None:
+    """Return where the scan of a source is kept, if it can be.
+
+    A file changed a moment ago may change once more and keep its size and time, which are all that tells.
+    """
+    if source.signature is None or 0 <= time.time_ns() - source.newest < SETTLED:
         return None
     return cache / "scans" / hashlib.sha256(json.dumps([FORMAT, source.signature]).encode()).hexdigest()[:32]
 

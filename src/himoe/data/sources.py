@@ -57,6 +57,7 @@ class Source:
     find_units: Callable[[], list[Unit]]
     signature: str | None
     minimum_held_out: int = 1  # bytes held out of every domain, whatever the wanted fraction gives
+    newest: int = 0  # time of the last change of any file, ns
 
     @functools.cached_property
     def units(self) -> list[Unit]:
@@ -100,7 +101,8 @@ def _source(name: str, paths: Mapping[str | None, Path], columns: Columns, unit_
     digest = hashlib.sha256(repr((columns, unit_size)).encode())
     for file in files:
         digest.update(repr((str(file.path.absolute()), file.domain, file.stat.st_size, file.stat.st_mtime_ns)).encode())
-    return Source(name, partial(_units, files, columns, unit_size), digest.hexdigest())
+    newest = max((file.stat.st_mtime_ns for file in files), default=0)
+    return Source(name, partial(_units, files, columns, unit_size), digest.hexdigest(), newest=newest)
 
 
 @dataclass(frozen=True)
