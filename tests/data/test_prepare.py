@@ -136,7 +136,7 @@ def test_the_tokenizer_meets_repeated_documents_once(two_domains, monkeypatch):
 
 def test_of_a_large_text_the_tokenizer_learns_from_a_sample_of_every_domain(two_domains, monkeypatch):
     seen = learned_from(monkeypatch)
-    monkeypatch.setattr(writing, "BPE_SAMPLE", 12_000)
+    monkeypatch.setattr(choice, "BPE_SAMPLE", 12_000)
     corpus = prepare(two_domains, vocab_size=300, held_out=0.2)
     for stream in corpus.train.values():
         size = sum(len(text.encode()) for text in documents_of(stream, corpus.tokenizer) if text in seen)
@@ -247,6 +247,23 @@ def test_work_that_was_interrupted_is_not_done_again(two_domains, small_units, t
     assert contents(again.folder) == contents(whole.folder)
 
 
+def test_what_a_killed_process_left_is_done_again_or_cleared_away(two_domains, small_units, tmp_path):
+    def interrupt(stage, done, total):
+        if stage == "writing tokens" and done > total / 2:
+            raise KeyboardInterrupt
+
+    made = {"tokenizer": "byte", "workers": 1, "out": tmp_path / "out"}
+    with pytest.raises(KeyboardInterrupt):
+        prepare(two_domains, **made, progress=interrupt)
+    cut = next((tmp_path / "out").glob("*.tokens"))
+    cut.write_bytes(cut.read_bytes()[:-2])  # as a power cut may leave it
+    (tmp_path / "out" / "train-000-000003.tokens.12345.tmp").write_bytes(b"half of it")
+    (tmp_path / "out" / "units" / "000000.json").write_text("{", encoding="utf-8")
+    prepare(two_domains, **made)
+    whole = prepare(two_domains, **made | {"out": tmp_path / "undisturbed"})
+    assert contents(tmp_path / "out") == contents(whole.folder)
+
+
 def test_text_that_changes_under_way_is_noticed_and_read_anew(two_domains, monkeypatch):
     def change_after(folder, index, unit, advance):
         found = scan_unit(folder, index, unit, advance)
@@ -277,6 +294,7 @@ def test_unfinished_work_is_deleted_when_nobody_goes_on_with_it(two_domains, cac
 
 def test_progress_is_reported_in_order(two_domains, spec, monkeypatch):
     monkeypatch.setattr(writing, "BATCH", 3000)
+    monkeypatch.setattr(writing, "REPORTED", 3000)
     told = []
     prepare(two_domains, **spec, progress=lambda *line: told.append(line))
     stages = list(dict.fromkeys(stage for stage, _, _ in told))

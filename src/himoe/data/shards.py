@@ -141,7 +141,7 @@ class ShardWriter:
             self._flush()
 
     def finish(self) -> list[dict[str, Any]]:
-        """Give all shards their names, and return a record of each: file, counts and SHA-256."""
+        """Give all shards their names, and return a record of each: file, its size, counts and SHA-256."""
         self._flush()
         for name in self._shards:
             with partial_name(self._folder / name).open("ab") as file:
@@ -151,6 +151,7 @@ class ShardWriter:
         return [
             {
                 "file": name,
+                "size": shard.num_tokens * self._dtype.itemsize,
                 "tokens": shard.num_tokens,
                 "bytes": shard.num_bytes,
                 "documents": shard.num_documents,

@@ -16,20 +16,21 @@ from typing import Any
 
 import numpy as np
 
+from himoe.data.choice import Kept, bounds, is_held_out, training_sample
 from himoe.data.files import write_json, write_text
 from himoe.data.pool import Advance, Pool
 from himoe.data.scan import Documents, Progress, Scan, first_of_equal, read_unit
 from himoe.data.shards import ShardWriter, token_type
 from himoe.data.sources import Source, Unit
-from himoe.data.split import DIGEST, HeldOut, Lowest, digest
+from himoe.data.split import digest
 from himoe.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 from himoe.errors import DataError
 from himoe.run_folder import sync_folder
 
 FORMAT = 3  # to be raised when the same text would give other files than before
-BPE_SAMPLE = 16 * 2**20  # bytes of training text that the merges are learned from
-BATCH = 2**20  # characters encoded at a time
-LONGEST = 2**20  # characters of a text that is encoded as one
+REPORTED = 2**20  # bytes between two reports
+BATCH = 2**17  # characters encoded at a time, which takes up to some 300 bytes of memory for each
+LONGEST = 2**18  # characters of a text that is encoded as one
 PLAN, CORPUS, TOKENIZER = "preparation.json", "corpus.json", "tokenizer.json"
 SIDES = ("train", "held_out")
 CHANGED = "changed while the text was being prepared; run the same command again"
@@ -73,9 +74,9 @@ def build(
     if settings.deduplicate:
         report("comparing documents", 0, 0)
     kept = first_of_equal(scan) if settings.deduplicate else [None] * len(scan.counts)
-    plan = Plan(folder, scan.domains, _bounds(source.name, scan, kept, settings))
+    plan = Plan(folder, scan.domains, bounds(source.name, scan, kept, settings.held_out, settings.minimum_held_out))
     if not (folder / TOKENIZER).exists():
-        tokenizer = given or _make_tokenizer(plan, source, scan, kept, settings, pool, report)
+        tokenizer = given or _make_tokenizer(source, scan, kept, plan.bounds, settings, pool, report)
         write_text(folder / TOKENIZER, tokenizer.to_json())
     _write_units(plan, source, scan, kept, pool, report)
     _finish(plan, source, settings, scan)
@@ -102,92 +103,26 @@ def _start(folder: Path, plan: dict[str, Any]) -> None:
     (folder / "units").mkdir(exist_ok=True)
 
 
-def _bounds(name: str, scan: Scan, kept: Sequence[np.ndarray | None], settings: Settings) -> list[bytes]:
-    """Find what is held out of every domain."""
-    parts = [HeldOut(settings.held_out, settings.minimum_held_out) for _ in scan.domains]
-    for documents, keep in zip(scan.units(), kept, strict=True):
-        _add_by_domain(parts, documents, keep)
-    return [part.bound(f"{name}, domain {domain}") for part, domain in zip(parts, scan.domains, strict=True)]
-
-
-def _add_by_domain(parts: Sequence[HeldOut | Lowest], documents: Documents, chosen: np.ndarray | None) -> None:
-    """Hand every domain's documents, or the chosen ones `(n,)` bool, to its part."""
-    for place in np.unique(documents.domains):
-        mine = documents.domains == place
-        mine = mine if chosen is None else mine & chosen
-        parts[place].add(documents.digests[mine], documents.sizes[mine])
-
-
-def _is_held_out(documents: Documents, bounds: Sequence[bytes]) -> np.ndarray:
-    """Return which documents are held out, `(n,)` bool; `bounds` are those of the documents' domain indices."""
-    return documents.digests < np.array(bounds, DIGEST)[documents.domains]
-
-
 def _make_tokenizer(
-    plan: Plan,
     source: Source,
     scan: Scan,
-    kept: Sequence[np.ndarray | None],
+    kept: Kept,
+    bounds: Sequence[bytes],
     settings: Settings,
     pool: Pool,
     report: Progress,
 ) -> Tokenizer:
-    """Learn BPE merges from the training part only: an equal share of `BPE_SAMPLE` per domain, lowest hashes first.
-
-    Equal shares, because in proportion to size a small domain would get no tokens of its own; distinct documents.
-    """
+    """Return the tokenizer that the settings ask for; BPE merges are learned from the training part only."""
     if settings.vocab_size is None:
         return ByteTokenizer()
-    share = -(-BPE_SAMPLE // len(plan.domains))
-    lowest = [Lowest(share) for _ in plan.domains]
-    for documents, keep in zip(scan.units(), kept, strict=True):
-        train = ~_is_held_out(documents, plan.bounds)
-        _add_by_domain(lowest, documents, train if keep is None else train & keep)
-    places = _places_of(scan, [part.digests for part in lowest])
-    total = sum(int(part.sizes.sum()) for part in lowest)
-    report("sampling", 0, total)
-    found: list[tuple[int, bytes, str]] = []
-    for texts in pool.run(read_texts, ((source.units[i], at, share) for i, at in places), lambda _size: None):
-        found += [(plan.domains.index(domain), digest(text), text) for domain, text in texts]
-        report("sampling", min(total, sum(len(text) for _, _, text in found)), total)
+    texts = training_sample(source, scan, kept, bounds, pool, report)
     report("learning the tokenizer", 0, 0)
-    return BPETokenizer.train([text for _, _, text in sorted(found)], settings.vocab_size)
+    return BPETokenizer.train(texts, settings.vocab_size)
 
 
-def _places_of(scan: Scan, wanted: Sequence[np.ndarray]) -> Iterator[tuple[int, list[int]]]:
-    """Yield of each unit where the first documents with the wanted digests of their domain stand, `wanted` sorted."""
-    missing = [np.ones(len(digests), dtype=bool) for digests in wanted]
-    for unit, documents in enumerate(scan.units()):
-        places = []
-        for domain in np.unique(documents.domains):
-            mine = np.flatnonzero(documents.domains == domain)
-            digests, first = np.unique(documents.digests[mine], return_index=True)
-            at = np.searchsorted(wanted[domain], digests)
-            hit = np.flatnonzero(at < len(wanted[domain]))
-            hit = hit[(wanted[domain][at[hit]] == digests[hit]) & missing[domain][at[hit]]]
-            missing[domain][at[hit]] = False
-            places += mine[first[hit]].tolist()
-        if places:
-            yield unit, sorted(places)
-
-
-def read_texts(unit: Unit, places: list[int], longest: int, advance: Advance) -> list[tuple[str, str]]:  # noqa: ARG001
-    """Return domain and text, up to `longest` characters, of a unit's documents at the given places, sorted."""
-    wanted = iter(places)
-    next_place, texts = next(wanted, None), []
-    for place, (domain, text) in enumerate(unit.documents()):
-        if place == next_place:
-            texts.append((domain, text[:longest]))
-            if (next_place := next(wanted, None)) is None:
-                break
-    return texts
-
-
-def _write_units(
-    plan: Plan, source: Source, scan: Scan, kept: Sequence[np.ndarray | None], pool: Pool, report: Progress
-) -> None:
+def _write_units(plan: Plan, source: Source, scan: Scan, kept: Kept, pool: Pool, report: Progress) -> None:
     """Write the shards of all units that have none yet."""
-    missing = [index for index in range(len(scan.counts)) if not (plan.folder / _record(index)).exists()]
+    missing = [index for index in range(len(scan.counts)) if not _is_done(plan.folder, index)]
     done = scan.num_bytes - sum(int(scan.unit(index).sizes.sum()) for index in missing)
 
     def advance(size: int) -> None:
@@ -206,7 +141,7 @@ def write_unit(plan: Plan, index: int, unit: Unit, scans: Path, kept: np.ndarray
     tokenizer = _tokenizer(plan.folder / TOKENIZER)
     known, names = read_unit(scans, index)
     domains = [plan.domains.index(name) for name in names]
-    held_out = _is_held_out(known, [plan.bounds[domain] for domain in domains])
+    held_out = is_held_out(known, [plan.bounds[domain] for domain in domains])
     removed = {name: [0, 0] for name in names}
     texts = _checked(unit, known, names)
     with ShardWriter(plan.folder, token_type(tokenizer.vocab_size)) as writer:
@@ -220,9 +155,13 @@ def write_unit(plan: Plan, index: int, unit: Unit, scans: Path, kept: np.ndarray
                 side = SIDES[int(held_out[place])]
                 yield f"{side}-{plan.domains.index(domain):03}-{index:06}.tokens", text, int(known.sizes[place])
 
+        unreported = 0
         for batch in _batches(documents()):
             _encode(batch, tokenizer, writer)
-            advance(sum(piece.size for piece in batch))
+            if (unreported := unreported + sum(piece.size for piece in batch)) >= REPORTED:
+                advance(unreported)
+                unreported = 0
+        advance(unreported + sum(size for _, size in removed.values()))
         record = {"shards": writer.finish(), "duplicates": removed}
     sync_folder(plan.folder)
     write_json(plan.folder / _record(index), record)
@@ -292,6 +231,14 @@ def _record(index: int) -> str:
     return f"units/{index:06}.json"
 
 
+def _is_done(folder: Path, index: int) -> bool:
+    try:
+        shards = json.loads((folder / _record(index)).read_text(encoding="utf-8"))["shards"]
+        return all((folder / shard["file"]).stat().st_size == shard["size"] for shard in shards)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
 def _finish(plan: Plan, source: Source, settings: Settings, scan: Scan) -> None:
     """Write `corpus.json` from the units' records, and drop what only an unfinished folder needs."""
     tokenizer = load_tokenizer(plan.folder / TOKENIZER)
@@ -329,6 +276,8 @@ def _finish(plan: Plan, source: Source, settings: Settings, scan: Scan) -> None:
 def drop_leftovers(folder: Path) -> None:
     """Delete what a finished folder no longer needs."""
     shutil.rmtree(folder / "units", ignore_errors=True)
+    for partial in folder.glob("*.tmp"):  # of killed processes
+        partial.unlink(missing_ok=True)
     (folder / PLAN).unlink(missing_ok=True)
 
 
