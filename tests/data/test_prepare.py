@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from corpus_case import all_documents, contents, documents_of
 
-from himoe.data import BPETokenizer, cache_folder, preparation, prepare, writing
+from himoe.data import BPETokenizer, cache_folder, choice, preparation, prepare, writing
 from himoe.data.scan import scan_unit
 from himoe.data.sources import read_source
 from himoe.errors import ConfigError, DataError, HimoeWarning
