@@ -11,13 +11,6 @@ from typing import Any
 
 from himoe.train.writers.base import PROJECT, RunIdentity, flatten
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-if "MLFLOW_TRACKING_URI" not in os.environ:
-    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # its database store needs more packages
-
-from mlflow import MlflowClient  # pyright: ignore[reportMissingImports] - reads them while imported
-from mlflow.entities import Metric, Param  # pyright: ignore[reportMissingImports]
-
 LONGEST_PARAMETER = 500  # characters, the smallest limit among its stores
 
 
@@ -25,6 +18,14 @@ class MLflow:
     """One run of the experiment `himoe`, found again by its tag when a run is resumed."""
 
     def __init__(self, run: RunIdentity) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # its database store needs more packages
+
+        from mlflow import MlflowClient  # pyright: ignore[reportMissingImports] - reads them while imported
+        from mlflow.entities import Metric, Param  # pyright: ignore[reportMissingImports]
+
+        self._metric = Metric
         uri = os.environ.get("MLFLOW_TRACKING_URI") or (run.folder / "mlflow").resolve().as_uri()
         self._client = MlflowClient(uri)
         found = self._client.get_experiment_by_name(PROJECT)
@@ -42,7 +43,7 @@ class MLflow:
     def log(self, line: Mapping[str, Any]) -> None:
         """Write the line's numbers."""
         now = int(time.time() * 1000)
-        metrics = [Metric(name, value, now, line["step"]) for name, value in flatten(line).items()]
+        metrics = [self._metric(name, value, now, line["step"]) for name, value in flatten(line).items()]
         self._client.log_batch(self._run, metrics=metrics)
 
     def close(self) -> None:

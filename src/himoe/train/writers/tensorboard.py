@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from himoe.train.writers.base import RunIdentity, flatten
 
 
@@ -15,6 +13,8 @@ class TensorBoard:
     """
 
     def __init__(self, run: RunIdentity) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
         self._events = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step + 1 if run.step else None)
 
     def log(self, line: Mapping[str, Any]) -> None:

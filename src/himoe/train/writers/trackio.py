@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from contextlib import redirect_stdout
 from typing import Any
 
-import trackio  # pyright: ignore[reportMissingImports]
-
 from himoe.train.writers.base import PROJECT, RunIdentity, flatten
 
 
@@ -17,6 +15,8 @@ class Trackio:
     """
 
     def __init__(self, run: RunIdentity) -> None:
+        import trackio  # pyright: ignore[reportMissingImports]
+
         with redirect_stdout(sys.stderr):  # standard output belongs to the command
             self._run = trackio.init(
                 project=PROJECT,
@@ -27,6 +27,7 @@ class Trackio:
                 auto_log_gpu=False,
                 auto_log_cpu=False,
             )
+        self._finish = trackio.finish
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Write the line's numbers."""
@@ -36,4 +37,4 @@ class Trackio:
     def close(self) -> None:
         """Write what is still in the queue."""
         with redirect_stdout(sys.stderr):
-            trackio.finish()
+            self._finish()

@@ -6,17 +6,17 @@ from typing import Any
 
 from himoe.train.writers.base import PROJECT, RunIdentity, flatten
 
-os.environ.setdefault("WANDB_MODE", "offline")
-if os.environ["WANDB_MODE"] == "offline":
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # which would use the network offline too
-
-import wandb  # pyright: ignore[reportMissingImports] - it reads these variables while it is imported
-
 
 class WandB:
     """One run of the project `himoe`; its id is the run's own, so a resumed process goes on with it."""
 
     def __init__(self, run: RunIdentity) -> None:
+        os.environ.setdefault("WANDB_MODE", "offline")
+        if os.environ["WANDB_MODE"] == "offline":
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # which would use the network offline too
+
+        import wandb  # pyright: ignore[reportMissingImports] - it reads these variables while it is imported
+
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             id=run.id,
