@@ -173,7 +173,7 @@ class _Run:
             progress = TrainingProgress(self.console, steps=settings.steps, done=self.trainer.steps_done)
             stack.enter_context(progress)
             recording = stack.enter_context(Profile(self.out / "profile")) if profile else None
-            return fit(
+            status = fit(
                 self.trainer,
                 journal,
                 progress,
@@ -189,6 +189,11 @@ class _Run:
                 stop_on_alarm=settings.stop_on_alarm,
                 on_step=(lambda: _show(recording.on_step(), progress)) if recording else lambda: None,
             )
+        if recording and not recording.complete:
+            _say(
+                self.console, f"warning: no profile; it takes {recording.needs} steps in one go, this run ended before"
+            )
+        return status
 
     def _evaluate(self, num_tokens: int | None) -> dict[str, Any]:
         """Score the held-out text, or its first tokens, with the averaged weights where there are such."""

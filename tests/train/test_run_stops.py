@@ -99,21 +99,39 @@ def test_a_part_of_the_text_is_not_compared_with_the_whole(text, tmp_path, monke
     assert not any({"unigram", "bigram"} & record.keys() for record in summary["domains"].values())
 
 
-def test_ctrl_c_before_the_first_step_saves_the_start(finished, text, tmp_path, monkeypatch):
-    out, enter = tmp_path / "run", fit.StopRequest.__enter__
+def interrupt_at_once(monkeypatch):
+    """Send this process a signal before the first step."""
+    enter = fit.StopRequest.__enter__
 
     def interrupted(self):
         entered = enter(self)
         signal.raise_signal(signal.SIGINT)
         return entered
 
+    monkeypatch.setattr(fit.StopRequest, "__enter__", interrupted)
+
+
+def test_ctrl_c_before_the_first_step_saves_the_start(finished, text, tmp_path, monkeypatch):
+    out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(fit.StopRequest, "__enter__", interrupted)
+        interrupt_at_once(patch)
         summary, printed = train(config(text), out)
     assert (summary["status"], summary["step"]) == ("interrupted", 0)
     assert "interrupted and saved at step 0" in printed and (out / "checkpoints/step-00000000").is_dir()
     train(config(text), out, resume=True)
     assert weights(out) == weights(finished[0])
+
+
+def test_ctrl_c_before_the_first_step_of_a_resumed_run_leaves_its_checkpoint_alone(text, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, signal.SIGINT, 2)
+        train(config(text), tmp_path)
+    checkpoint = tmp_path / "checkpoints/step-00000002"
+    before = checkpoint.stat().st_ino
+    interrupt_at_once(monkeypatch)
+    summary, printed = train(config(text), tmp_path, resume=True)
+    assert (summary["status"], summary["step"]) == ("interrupted", 2) and "saved at step 2" in printed
+    assert checkpoint.stat().st_ino == before  # replacing the only one takes two renames: a kill between them loses it
 
 
 def test_ctrl_c_between_two_steps_saves_the_one_before(text, tmp_path, monkeypatch):

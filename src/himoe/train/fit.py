@@ -42,7 +42,7 @@ def fit(
 
     Raises DivergedError when loss or gradient are not finite, with the alarm in the log.
     """
-    saved, alarm = None, False
+    saved, alarm = trainer.steps_done or None, False  # a resumed run stands at its checkpoint
     with StopRequest() as stop:
         while not (trainer.steps_done >= steps or best.ends_training(early_stop) or stop.requested or alarm):
             last, logged = trainer.steps_done + 1 == steps, (trainer.steps_done + 1) % log_every == 0

@@ -16,6 +16,8 @@ TOP = 15
 class Profile:
     """Records some steps, once, and writes `trace.json.gz` and `operators.txt`; training comes out the same.
 
+    A run that ends before all of them are done leaves nothing.
+
     The trace opens in https://ui.perfetto.dev or chrome://tracing.
 
     Args:
@@ -34,6 +36,8 @@ class Profile:
 
     def __init__(self, folder: Path, *, skip: int = SKIP_STEPS, steps: int = RECORDED_STEPS) -> None:
         self.folder, self._steps = folder, steps
+        self.needs = skip + 1 + steps
+        """Steps until the recording is complete."""
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
         self._profiler = profile(
             activities=activities,
@@ -42,6 +46,11 @@ class Profile:
         )
         self._table: str | None = None
 
+    @property
+    def complete(self) -> bool:
+        """Whether all steps have been recorded."""
+        return self._profiler.step_num >= self.needs
+
     def __enter__(self) -> Self:
         self._profiler.start()
         return self
@@ -49,7 +58,7 @@ class Profile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._profiler.stop()  # writes what a shorter run has recorded
+        self._profiler.stop()
 
     def on_step(self) -> str | None:
         """Count a step that is done; return the table of operators once, after the last recorded one."""
@@ -58,6 +67,8 @@ class Profile:
         return table
 
     def _write(self, profiler: profile) -> None:
+        if not self.complete:  # stopped on the way: what came after the last step would count as one
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(self.folder / "trace.json.gz"))
         self._table = _table(profiler.key_averages(), self._steps)
