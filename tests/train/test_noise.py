@@ -69,6 +69,13 @@ def test_one_micro_batch_has_nothing_to_compare():
     assert noise.read() is None
 
 
+def test_a_run_that_goes_on_with_one_micro_batch_does_not_repeat_what_was_measured():
+    first = synthetic(LEAST_MEASUREMENTS, accumulate=2, sigma=0.5)
+    second = NoiseScale([nn.Parameter(torch.zeros(SIZE))], batch_size=BATCH, accumulate=1)
+    second.load_tensors(first.tensors())
+    assert first.read() is not None and second.read() is None
+
+
 def test_state_goes_through_a_checkpoint():
     whole = synthetic(30, accumulate=4, sigma=1.0, decay=0.9)
     first = synthetic(12, accumulate=4, sigma=1.0, decay=0.9)

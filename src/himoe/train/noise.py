@@ -74,8 +74,11 @@ class NoiseScale:
         self._first = None
 
     def read(self) -> float | None:
-        """Return the noise scale in sequences; None before 10 measurements, or while |G|² is lost in the noise."""
-        if self._measurements < LEAST_MEASUREMENTS:
+        """Return the noise scale in sequences; None before 10 measurements, or while |G|² is lost in the noise.
+
+        Also None where this run no longer measures: one resumed with one micro-batch a step.
+        """
+        if self._accumulate == 1 or self._measurements < LEAST_MEASUREMENTS:
             return None
         gradient, noise = self._means.tolist()
         return max(noise, 0.0) / gradient if gradient > 0 else None
