@@ -3,6 +3,8 @@ import torch
 from tiny_training import DIM, TinyLM, make_trainer
 from torch import nn
 
+from himoe.functional.stats import effective_experts
+from himoe.nn import MoE, SwiGLUExperts
 from himoe.presets import hi_moe, loss_free, switch
 from himoe.train.alarms import QUIET_STEPS, Alarms
 from himoe.train.journal import Journal
@@ -86,6 +88,14 @@ def test_a_router_that_chooses_the_same_experts_for_every_token_has_collapsed(tm
     ]
     assert "went to 2.0 of 8 experts" in alarms[0].text and "MaxVio 3.00" in alarms[0].text
     assert "experts 2, 3, 4, 5, 6, 7 of 8" in alarms[1].text
+
+
+def test_a_layer_whose_every_expert_is_chosen_has_not_collapsed():
+    layer = MoE(switch(DIM, 3, 3), SwiGLUExperts(3, DIM, 8))
+    used = float(effective_experts(torch.full((3,), 50)))
+    assert used < 3  # by rounding
+    record = {"layer": 0, "effective_experts": used, "max_vio_window": 0.0, "group_mass": 1.0, "dead_experts": []}
+    assert Alarms(layer, [0]).check(line(100), [record]) == []
 
 
 def test_a_router_that_gives_all_probability_to_one_group_is_noticed(tmp_path):

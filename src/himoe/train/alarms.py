@@ -199,7 +199,7 @@ def _routing(step: int, record: Mapping[str, Any], layer: MoE) -> Iterator[Alarm
     """Judge how many experts, and how many groups, the layer uses."""
     index, total, chosen = record["layer"], layer.router.num_experts, layer.router.top_k
     used = record["effective_experts"]
-    if used - chosen < SPARE_USED * (total - chosen):
+    if chosen < total and used - chosen < SPARE_USED * (total - chosen):  # with all of them chosen nothing can collapse
         yield Alarm(
             "router_collapse",
             step,
