@@ -231,6 +231,22 @@ def test_a_damaged_newer_one_does_not_push_the_good_one_out(tmp_path):
     assert newest_whole(tmp_path)[0] == tmp_path / "step-00000002"
 
 
+def test_a_file_that_the_disk_cannot_read_is_damage(tmp_path, monkeypatch):
+    save_plain(tmp_path, 1)
+    save_plain(tmp_path, 2)
+    digest = hashlib.file_digest
+
+    def unreadable(file, name):
+        if "step-00000002" in file.name:
+            raise OSError(5, os.strerror(5))
+        return digest(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", unreadable)
+    newest, damage = newest_whole(tmp_path)
+    assert newest == tmp_path / "step-00000001"
+    assert len(damage) == 1 and "step-00000002 is damaged: model.safetensors cannot be read" in damage[0]
+
+
 def test_no_checkpoint_is_none_and_no_folder_is_an_error(tmp_path):
     assert newest_whole(tmp_path / "nowhere") == (None, [])
     with pytest.raises(CheckpointError, match=r"not a checkpoint: it has no state\.json"):

@@ -143,7 +143,11 @@ def read_state(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"checkpoint {path} is damaged: {name} is missing")
         if file.stat().st_size != size:
             raise CheckpointError(f"checkpoint {path} is damaged: {name} has {file.stat().st_size} bytes, not {size}")
-        if _fingerprint(file)["sha256"] != digest:
+        try:
+            found = _fingerprint(file)["sha256"]
+        except OSError as error:  # a bad place of the disk
+            raise CheckpointError(f"checkpoint {path} is damaged: {name} cannot be read ({error})") from error
+        if found != digest:
             raise CheckpointError(f"checkpoint {path} is damaged: the content of {name} does not match its sha256")
     return state
 

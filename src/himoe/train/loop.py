@@ -94,7 +94,8 @@ class Trainer:
     def step(self, *, measure: bool = False) -> None:
         """Do one optimizer step; with `measure`, also what is logged but not needed for training (`monitor`).
 
-        Raises DivergedError when the loss or the gradient is not finite; the weights stay those of the step before.
+        Raises DivergedError when the loss or the gradient is not finite; the weights stay those of the step before. The
+        trainer has then seen half a step, in gradients and sums: go on from a checkpoint.
         """
         started, number = perf_counter(), self.steps_done + 1
         self.model.train()
