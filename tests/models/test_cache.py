@@ -95,6 +95,17 @@ def test_a_cache_is_refused_in_training():
 
 
 @torch.no_grad()
+def test_a_cache_of_other_rows_or_of_another_model_is_refused():
+    model, cache = make_lm().eval(), KVCache(2)
+    model(token_ids(1, 4), cache=cache)
+    with pytest.raises(ConfigError, match="3 rows after 1; make a new cache"):
+        model(token_ids(3, 1), cache=cache)
+    assert cache.length == 4
+    with pytest.raises(ConfigError, match="the cache is for 3 layers, the model has 2"):
+        model(token_ids(1, 4), cache=KVCache(3))
+
+
+@torch.no_grad()
 def test_a_mask_that_comes_later_is_refused():
     model, cache = make_lm().eval(), KVCache(2)
     model(token_ids(2, 3), cache=cache)

@@ -84,6 +84,11 @@ def test_gradients_stay_inside_a_document():
     assert reached[0].tolist() == [False] * 3 + [True] * 4 + [False] * 2 and not reached[1].any()
 
 
+def test_a_mask_of_numbers_is_named():
+    with pytest.raises(ConfigError, match=r"mask is torch.int64, must be torch.bool"):
+        make_lm()(token_ids(2, 4), torch.ones(2, 4, dtype=torch.int64))
+
+
 def test_document_ids_of_another_shape_are_named():
     with pytest.raises(ConfigError, match=r"document_ids has shape \(2, 3\), token_ids \(2, 4\)"):
         make_lm()(token_ids(2, 4), document_ids=torch.zeros(2, 3, dtype=torch.int64))

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from small_models import V, make_lm, make_moe
@@ -118,6 +119,11 @@ def test_tokens_are_drawn_in_the_stated_shares(options, expected):
     found = shares([0.1, 0.4, 0.2, 0.3], **options)
     assert found == pytest.approx(expected, abs=0.04)
     assert [share == 0 for share in found] == [share == 0 for share in expected]
+
+
+def test_prompts_may_be_arrays_and_tensors():
+    model, prompts = lively(), [[END, 3, 1], [END, 3, 1]]
+    assert texts(model, torch.tensor(prompts)) == texts(model, list(map(np.array, prompts))) == texts(model, prompts)
 
 
 def test_it_streams_and_a_stop_token_ends_its_row_alone():

@@ -18,7 +18,9 @@ class Buffer:
         self._memory: Tensor | None = None
 
     def extend(self, new: Tensor) -> Tensor:
-        """Add `new`, and return all there is."""
+        """Add `new`, and return all there is; raises ConfigError for another number of rows than before."""
+        if self._memory is not None and len(new) != len(self._memory):
+            raise ConfigError(f"KVCache: {len(new)} rows after {len(self._memory)}; make a new cache for other rows")
         end = self.length + new.shape[self.dim]
         if self._memory is None or end > self._memory.shape[self.dim]:
             shape = list(new.shape)
@@ -51,6 +53,7 @@ class KVCache:
     """
 
     def __init__(self, num_layers: int) -> None:
+        self.num_layers = num_layers
         self._layers = [(Buffer(2), Buffer(2)) for _ in range(num_layers)]
         self._mask, self._documents = Buffer(1), Buffer(1)
         self._given: tuple[bool, bool] | None = None

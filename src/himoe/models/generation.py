@@ -8,6 +8,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
+from operator import index
 
 import numpy as np
 import torch
@@ -46,7 +47,8 @@ def generate(
         temperature: divides the logits; 0 takes the likeliest token every time.
         top_k: draw from that many likeliest tokens. None: from all.
         top_p: draw from the fewest likeliest tokens whose probabilities reach this sum.
-        stop: tokens that end a prompt's text; they are yielded as its last.
+        stop: tokens that end a prompt's text; they are yielded as its last. Give it the end-of-document token: what
+            would follow is another document, which sees this one here, and in training does not.
         seed: the same seed gives the same text.
 
     Raises:
@@ -61,6 +63,7 @@ def generate(
     4
     """
     vocab_size = model.embedding.num_embeddings
+    prompts = [[*map(index, prompt)] for prompt in prompts]  # arrays and tensors too
     _check_prompts(prompts, vocab_size)
     _check_options(max_new_tokens, temperature, top_k, top_p, seed)
     if model.training:

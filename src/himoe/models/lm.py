@@ -150,13 +150,19 @@ class DecoderLM(nn.Module):
             logits (B, S, V), and one `Routing` per MoE layer, in layer order.
 
         Raises:
-            ConfigError: shapes that differ, or a cache in training mode.
+            ConfigError: shapes that differ, a mask that is not bool, or a cache in training mode or of another model.
         """
         for name, value in (("mask", mask), ("document_ids", document_ids)):
             if value is not None and value.shape != token_ids.shape:
                 raise ConfigError(
                     f"DecoderLM: {name} has shape {tuple(value.shape)}, token_ids {tuple(token_ids.shape)}"
                 )
+        if mask is not None and mask.dtype != torch.bool:
+            raise ConfigError(f"DecoderLM: mask is {mask.dtype}, must be torch.bool, True for real tokens")
+        if cache is not None and cache.num_layers != len(self.blocks):
+            raise ConfigError(
+                f"DecoderLM: the cache is for {cache.num_layers} layers, the model has {len(self.blocks)}"
+            )
         if cache is not None and (self.training or torch.is_grad_enabled()):
             raise ConfigError("DecoderLM: a cache is for reading on, not for training; use eval() and torch.no_grad()")
         first = 0 if cache is None else cache.length
