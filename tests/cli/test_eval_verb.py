@@ -98,6 +98,8 @@ def test_a_file_with_an_equals_sign_in_its_name_is_a_file(calls):
         (["--data", "a=a.txt", "--data", "b.txt"], "several --data need names"),
         (["--data", "a=a.txt", "--data", "a=b.txt"], "--data a=… : every NAME=PATH needs a name of its own"),
         (["--data", "=a.txt"], "needs a name of its own"),
+        (["--data", "a="], "--data 'a=' names no path"),
+        (["--data", ""], "--data '' names no path"),
         (["--data", "a=a.txt", "--domain-column", "topic"], "--domain-column: several --data are one domain each"),
         (["--domain-column", "topic"], "are of the text at --data"),
         (["--text-column", "body"], "are of the text at --data"),

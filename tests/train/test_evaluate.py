@@ -58,6 +58,12 @@ def test_every_token_is_predicted_once_from_the_one_before_it(length):
     assert model.training
 
 
+def test_a_window_is_no_longer_than_the_text():
+    model = Uniform(VOCAB)
+    evaluate(model, Text(np.zeros(5, int), 5), Reading(VOCAB - 1, seq_len=1000, batch_size=2))
+    assert [(tuple(ids.shape), mask) for ids, mask, *_ in model.calls] == [((1, 5), None)]
+
+
 @pytest.mark.parametrize("outer", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_precision_is_that_of_the_call_whatever_stands_around_it(precision, outer):

@@ -76,6 +76,15 @@ def test_columns_name_text_and_domain(finished, poems):
         evaluate(finished[0], data=poems)
 
 
+def test_text_of_empty_documents_is_refused_and_beside_others_left_out(finished, tmp_path):
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n' * 2)
+    with pytest.raises(DataError, match="no text to score: every document is empty"):
+        evaluate(finished[0], data=tmp_path / "empty.jsonl")
+    (tmp_path / "some.jsonl").write_text('{"text": "abc"}\n')
+    result = evaluate(finished[0], data={"a": tmp_path / "empty.jsonl", "b": tmp_path / "some.jsonl"})
+    assert {name: one["bytes"] for name, one in result["domains"].items()} == {"b": 3}
+
+
 def test_several_texts_are_a_domain_each(finished, poems, text):
     plain = evaluate(finished[0], data=text / "verse" / "3.txt")
     poems.with_name("3.txt").write_bytes((text / "verse" / "3.txt").read_bytes())

@@ -78,7 +78,9 @@ class Eval(Verb):
 
 
 def _sources(given: Sequence[str]) -> Path | dict[str, Path] | None:
-    """Return the one path that was given, or the paths by name; raises ConfigError for several without names."""
+    """Return the one path that was given, or the paths by name; raises ConfigError for what is no such thing."""
+    if missing := [text for text in given if not text.partition("=")[2 * ("=" in text)]]:
+        raise ConfigError(f"--data {missing[0]!r} names no path; give --data PATH or --data NAME=PATH")
     named = [text.partition("=") for text in given if "=" in text and not Path(text).exists()]
     if not named and len(given) <= 1:
         return Path(given[0]) if given else None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from himoe.errors import HimoeError
+from himoe.errors import DataError, HimoeError
 from himoe.train.scores import Buckets, Score, TextScore
 from himoe.train.texts import Piece, Text, token_pieces
 from himoe.train.usage import Usage, domain_information
@@ -106,6 +106,8 @@ class _Evaluation:
                 one.finish()
         finally:
             self.model.train(was_training)
+        if not self.scores:
+            raise DataError("there is no text to score: every document is empty")
         for score in self.scores.values():
             if not math.isfinite(score.nats):
                 raise HimoeError(
@@ -151,13 +153,14 @@ class _Windows:
         self._rest = self._rest[:0]
 
     def _score(self, targets: np.ndarray) -> None:
-        end, seq_len = self.reading.end_of_document, self.reading.seq_len
+        end, seq_len = self.reading.end_of_document, min(self.reading.seq_len, len(targets))
         inputs = np.concatenate([[self._previous], targets[:-1]])
         self._previous = int(targets[-1])
         real = np.arange(len(inputs) + -len(inputs) % seq_len) < len(inputs)
         inputs = np.pad(inputs, (0, len(real) - len(inputs)), constant_values=end)
         starts = (inputs == end) & real  # an end, as input, opens the document that it is followed by
-        nats, routings = self._predict(inputs, targets, real, starts)
+        windows = (values.reshape(-1, seq_len) for values in (inputs, real, starts))
+        nats, routings = self._predict(targets, *windows)
         self.score.add(targets, nats, _context(starts.reshape(-1, seq_len)).ravel()[: len(targets)])
         if self.usage:
             numbers = self._documents + np.cumsum(starts)
@@ -165,14 +168,11 @@ class _Windows:
             self._documents = int(numbers[-1])
 
     def _predict(
-        self, inputs: np.ndarray, targets: np.ndarray, real: np.ndarray, starts: np.ndarray
+        self, targets: np.ndarray, inputs: np.ndarray, real: np.ndarray, starts: np.ndarray
     ) -> tuple[np.ndarray, list[Routing]]:
-        """Return the nats (N,) of N targets, and the routings."""
-        token_ids, mask, starts_here = (
-            torch.from_numpy(values.reshape(-1, self.reading.seq_len)).to(self.device)
-            for values in (inputs, real, starts)
-        )
-        one_document = self.reading.cross_documents or not starts.reshape(token_ids.shape)[:, 1:].any()
+        """Return the nats (N,) of N targets, and the routings, for windows (B, S)."""
+        token_ids, mask, starts_here = (torch.from_numpy(values).to(self.device) for values in (inputs, real, starts))
+        one_document = self.reading.cross_documents or not starts[:, 1:].any()
         document_ids: Tensor | None = None if one_document else starts_here.cumsum(1)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.reading.precision == "bf16"):
             logits, routings = self.model(token_ids, None if real.all() else mask, document_ids=document_ids)
