@@ -100,27 +100,6 @@ def test_steps_are_ordered_by_number(tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-99999999", "step-100000000"]
 
 
-@pytest.mark.parametrize("moment", ["_save_tensors", "_fingerprint", "write_json", "sync_folder"])
-def test_a_kill_at_any_moment_leaves_the_previous_one_whole(tmp_path, monkeypatch, moment):
-    save_plain(tmp_path, 1)
-
-    class Killed(BaseException):
-        pass
-
-    def die(*args):
-        raise Killed
-
-    monkeypatch.setattr(module, moment, die)
-    monkeypatch.setattr(module, "remove_leftovers", lambda folder: None)  # a killed process tidies nothing
-    with pytest.raises(Killed):
-        save_plain(tmp_path, 2)
-    monkeypatch.undo()
-    path, damage = newest_whole(tmp_path)
-    assert path == tmp_path / "step-00000001" and not damage
-    save_plain(tmp_path, 2)
-    assert names(tmp_path) == ["step-00000001", "step-00000002"]
-
-
 def test_a_full_disk_is_an_os_error_and_leaves_no_rubbish(tmp_path, monkeypatch):
     save_plain(tmp_path, 1)
 
