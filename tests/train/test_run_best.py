@@ -8,7 +8,7 @@ from run_case import checkpoints, config, lines, read, timeless, train, weights
 from test_run_stops import interrupt_after
 
 from himoe import run, trained
-from himoe.errors import CheckpointError, RunFolderError
+from himoe.errors import CheckpointError, HimoeWarning, RunFolderError
 from himoe.train.alarms import Alarm, Alarms
 from himoe.train.checkpoint import find_checkpoint
 
@@ -164,3 +164,11 @@ def test_divergence_is_an_alarm_in_the_log(text, tmp_path, monkeypatch):
     last = lines(tmp_path / "metrics.jsonl")[-1]
     assert (last["kind"], last["alarm"], last["step"]) == ("alarm", "not_finite", 4)
     assert not (tmp_path / "summary.json").exists() and read(tmp_path / "config.json")
+
+
+def test_a_damaged_newest_checkpoint_is_named_where_an_older_one_is_used(text, tmp_path):
+    train(config(text, "train.checkpoint_every=4"), tmp_path)
+    with (tmp_path / "checkpoints" / "step-00000008" / "model.safetensors").open("ab") as file:
+        file.write(b"more")
+    with pytest.warns(HimoeWarning, match=r"step-00000008 is damaged: .*; an older one is used"):
+        assert find_checkpoint(tmp_path).name == "step-00000004"

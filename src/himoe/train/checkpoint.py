@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from himoe.errors import CheckpointError, RunFolderError
+from himoe.errors import CheckpointError, HimoeWarning, RunFolderError
 from himoe.run_folder import CHECKPOINTS, sync_folder, write_json
 
 FORMAT = 1
@@ -199,8 +200,10 @@ def find_checkpoint(run: Path, name: str | None = None) -> Path:
         raise RunFolderError(f"{run} has no checkpoint yet; train on with --resume")
     listed = f"there are {', '.join(path.name for path in known)}"
     if name in (None, "last", "best"):
-        newest, _ = newest_whole(folder)
+        newest, damage = newest_whole(folder)
         assert newest is not None, "there are some"
+        for line in damage:
+            warnings.warn(f"{line}; an older one is used", HimoeWarning, stacklevel=2)
         if name != "best":
             return newest
         best = read_state(newest).get("best")
