@@ -86,9 +86,9 @@ def _unexpected(verb: type[Verb], unknown: Sequence[str]) -> str:
     if not argument.startswith("-"):
         return f"unexpected argument {argument!r}"
     name, equals, value = argument.partition("=")
-    known = ["--help", *(f"--{_option_name(field.name, field.type)}" for field in fields(verb))]
-    hint = nearest(name, known)
-    if "--set" in known and (key := _key_called(name)):
+    known = ["help", *(_option_name(field.name, field.type) for field in fields(verb))]
+    hint = nearest(name.lstrip("-"), known).replace("'", "'--", 1)  # compared without the dashes, always alike
+    if "set" in known and (key := _key_called(name)):
         value = value if equals else next((word for word in rest[:1] if not word.startswith("-")), "VALUE")
         hint = f"; did you mean --set {key}={value}?"
     return f"unknown option {argument!r}{hint}"
@@ -110,12 +110,22 @@ def _option_name(field: str, annotation: Any) -> str:
 
 
 def _first_paragraph(box: str) -> str:
-    """Return the message inside one of tyro's boxes, which a rule separates from its advice."""
+    """Return the message inside one of tyro's boxes, which a rule separates from its advice.
+
+    In terminals that know ASCII only, a rule of hyphens stands above the message too.
+    """
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
     body = [line.strip(" │|") for line in plain.splitlines()[1:]]
     message: list[str] = []
     for line in body:
-        if line.startswith(("─", "╰")):
+        if not line.startswith(("─", "╰", "---", "+--")):
+            message.append(line)
+        elif message:
             break
-        message.append(line)
-    return " ".join(message).strip().rstrip(".") or "these arguments cannot be read"
+    text = " ".join(message).strip().rstrip(".")
+    if missing := re.match(r"Missing value for argument '(\S+)'", text):
+        return f"{missing[1]} needs a value"
+    if wrong := re.match(r"Error parsing (\S+):.*(base 10|to float): '?(.*?)'?$", text):
+        name, kind, given = wrong.groups()
+        return f"{name} is {given!r}; it must be a {'whole number' if kind == 'base 10' else 'number'}"
+    return text or "these arguments cannot be read"
