@@ -116,10 +116,10 @@ GOOD = '{"text": "good", "lang": "en"}'
     [
         (
             '{"txt": "a", "id": 1}',
-            r"no column 'text', there are 'txt', 'id'; did you mean 'txt'\?; .*--data\.text-column",
+            r"no column 'text', there are 'txt', 'id'; give the right one as data\.text_column; did you mean 'txt'\?",
         ),
         ("{}", "no column 'text', there are none"),
-        ('{"text": "a"}', r"no column 'lang', there are 'text'; name the right one with --data\.domain-column"),
+        ('{"text": "a"}', r"no column 'lang', there are 'text'; give the right one as data\.domain_column"),
         ('{"text": 5.5, "lang": "en"}', "column 'text' holds the number 5.5, not text"),
         ('{"text": true, "lang": "en"}', "column 'text' holds the truth value True, not text"),
         ('{"text": null, "lang": "en"}', r"column 'text' holds nothing \(null\), not text"),

@@ -62,7 +62,7 @@ def _type_name(annotation: Any) -> str:
     elif origin is Literal:
         name = " or ".join(f"`{choice}`" for choice in inner)
     elif origin is list:
-        name = f"list of {_plural(_type_name(inner[0]))}"
+        name = f"list of {_plural(inner[0])}"
     elif origin is tuple:
         name = f"list of {len(inner)} numbers in [0, 1)"
     elif origin is dict or isinstance(annotation, type):
@@ -74,7 +74,10 @@ def _type_name(annotation: Any) -> str:
     return name
 
 
-def _plural(name: str) -> str:
+def _plural(annotation: Any) -> str:
+    name = _type_name(annotation)
+    if get_origin(annotation) is Literal:
+        return name.replace(" or ", ", ")
     return name.replace("list of", "lists of") if name.startswith("list") else f"{name}s"
 
 

@@ -19,7 +19,7 @@ WORDS = {
     "float_type": "must be a number",
     "bool_type": "must be true or false",
     "string_type": "must be text in quotes",
-    "list_type": "must be a list, as in [1, 2]",
+    "list_type": "must be a list, as in [{given}]",
     "tuple_type": "must be a list of two numbers",
     "model_type": "must be a table of keys",
     "model_attributes_type": "must be a table of keys",
@@ -74,7 +74,7 @@ def translate(error: ValidationError, keys: dict[str, list[str]]) -> list[Proble
             choices = re.findall(r"'([^']*)'", found.get("ctx", {})["expected"])
             text = f"must be one of {', '.join(choices)}{nearest(str(given), choices)}"
         elif found["type"] in WORDS:
-            text = WORDS[found["type"]].format(**found.get("ctx", {}))
+            text = WORDS[found["type"]].format(given=format_value(found["input"]), **found.get("ctx", {}))
         else:
             text = found["msg"]
         problems.append(Problem(_path(location), text, given, ".".join(map(str, location[:2]))))

@@ -26,12 +26,12 @@ class Columns:
 
     def check(self, present: Sequence[str]) -> None:
         """Raise `UnusableError` unless the columns are among those present."""
-        for key, column in (("text-column", self.text), ("domain-column", self.domain)):
+        for key, column in (("text_column", self.text), ("domain_column", self.domain)):
             if column is not None and column not in present:
                 there = ", ".join(map(repr, present[:SHOWN])) + (", …" if len(present) > SHOWN else "")
                 raise UnusableError(
-                    f"no column {column!r}, there are {there or 'none'}{nearest(column, present)}; "
-                    f"name the right one with --data.{key}"
+                    f"no column {column!r}, there are {there or 'none'}; give the right one as data.{key}"
+                    f"{nearest(column, present)}"
                 )
 
     def read(self, text: object, domain: object = None) -> tuple[str | None, str]:
