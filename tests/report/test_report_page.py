@@ -344,3 +344,12 @@ def test_it_needs_no_torch(run):
 )
 def test_numbers_read_as_people_write_them(shown, text):
     assert shown.replace("\N{NO-BREAK SPACE}", " ") == text
+
+
+def test_dashed_lines_are_spoken_of_where_there_are_some(run):
+    def speaks():
+        return "Dashed: the byte-bigram model" in write_report(run).read_text(encoding="utf-8")
+
+    assert speaks()
+    edit(run / "env.json", lambda env: env.pop("baselines"))
+    assert not speaks()

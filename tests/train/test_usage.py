@@ -86,19 +86,23 @@ def test_domains_that_use_other_experts_are_far_above_the_floor():
     assert domain_information(usages) == [found]
 
 
-def test_the_floor_holds_documents_together():
+@pytest.mark.parametrize(
+    ("sizes", "lengths"),
+    [((BLOCKS, BLOCKS), (50, 50)), ((12, 500), (10, 10)), ((320, 20, 20), (5, 5, 5)), ((BLOCKS, BLOCKS), (5, 100))],
+)
+def test_the_floor_holds_documents_together_whatever_the_size_of_domains(sizes, lengths):
     # Every document uses one expert, drawn at random: tokens would call that a difference between the domains.
     draws = np.random.default_rng(1)
-    above = 0
+    above = []
     for _ in range(20):
         usages = {
-            name: usage_of(np.repeat(draws.integers(4, size=BLOCKS), 50), np.repeat(np.arange(BLOCKS), 50))
-            for name in "ab"
+            str(i): usage_of(np.repeat(draws.integers(4, size=size), length), np.repeat(np.arange(size), length))
+            for i, (size, length) in enumerate(zip(sizes, lengths, strict=True))
         }
         (found,) = domain_information(usages)
-        assert found["domain_information_floor"] > 0.02
-        above += found["domain_information"] > found["domain_information_floor"]
-    assert above <= 4
+        above.append(found["domain_information"] / found["domain_information_floor"])
+    assert sum(ratio > 1 for ratio in above) <= 4
+    assert max(above) > 0.5  # nor is the floor out of reach
 
 
 def test_memory_does_not_grow_with_the_documents():

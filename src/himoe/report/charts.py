@@ -136,9 +136,9 @@ def bits_chart(run: RunFolder) -> Chart:
     tokens = [number(line.get("tokens")) for line in [*run.train[:1], *run.evals[:1], *run.evals[-1:], *run.train[-1:]]]
     known = [value for value in tokens if value is not None]
     ends: list[float | None] = [min(known), max(known)] if len(set(known)) > 1 else []
-    bigrams = run.domains if len(run.domains) <= NUM_COLOURS and ends and traces else []
-    for i, name in enumerate(bigrams):
-        bigram = number(run.baselines.get(name, {}).get("bigram"))
+    known_bigrams = [number(run.baselines.get(name, {}).get("bigram")) for name in run.domains]
+    bigrams = known_bigrams if len(run.domains) <= NUM_COLOURS and ends and traces and any(known_bigrams) else []
+    for i, (name, bigram) in enumerate(zip(run.domains, bigrams, strict=False)):
         colour = style_of(i)["colour"]
         line = line_trace(Series(ends, [bigram] * 2), f"{name}: bigram", colour, line={"dash": "dash", "width": 1.25})
         traces.append({**line, "mode": "lines", "hoverinfo": "skip", "hovertemplate": None, "showlegend": False})

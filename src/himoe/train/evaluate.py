@@ -135,7 +135,7 @@ class _Windows:
         self.device = next(model.parameters()).device
         self._rest = np.empty(0, dtype=np.int64)
         self._previous = reading.end_of_document
-        self._documents = 0
+        self._documents = -1  # the number of the last one
 
     def add(self, tokens: np.ndarray) -> None:
         """Take the next tokens; score every batch that is full."""

@@ -4,7 +4,8 @@ I(domain; expert) is the mutual information in bits of the domain and the expert
 weighing the same whatever its size. It lies between 0 and min(log2 D, log2 E). A finite sample is above 0 by chance,
 and the tokens of one document go together, so the yardstick is a permutation of documents: its floor is what the
 luckier 5 % of the permutations reach. Documents are dealt out to BLOCKS blocks per domain as they come, and the blocks
-are permuted, so memory is O(BLOCKS·E) a layer and domain however many documents there are.
+are permuted, so memory is O(BLOCKS·E) a layer and domain however many documents there are. A block of n documents
+deviates from the mean by 1/√n of what one does, so what changes places is √n times the deviation of a block's shares.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,16 +40,18 @@ class Usage:
         self._kept = torch.zeros(shape, dtype=torch.int64, device=device)
         self._means = torch.zeros(2, shape[0], dtype=torch.float64, device=device)  # Σ over tokens of Σm² and of C
         self._tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self._documents = torch.zeros((), dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def observe(self, routings: Sequence[Routing], documents: Int[Tensor, " T"]) -> None:
-        """Add one batch; `documents` numbers the document of every token. Padding is not counted."""
+        """Add one batch; `documents` numbers the document of every token, from 0. Padding is not counted."""
         if not routings:
             return
         block, num_experts = (documents % BLOCKS)[:, None], self.groups.num_experts
         mask = routings[0].context.mask
         tokens = mask.sum() if mask is not None else torch.tensor(len(documents), device=documents.device)
         self._tokens += tokens
+        self._documents = torch.maximum(self._documents, documents.max() + 1)
         for layer, routing in enumerate(routings):
             place = block * num_experts + routing.expert_ids
             pairs = stats.count_pairs(place, routing.selected, BLOCKS * num_experts)
@@ -60,7 +63,7 @@ class Usage:
 
     def __add__(self, other: "Usage") -> "Usage":
         result = Usage(self.layer_indices, self.groups, self._kept.device)
-        for name in ("_blocks", "_kept", "_means", "_tokens"):
+        for name in ("_blocks", "_kept", "_means", "_tokens", "_documents"):
             setattr(result, name, getattr(self, name) + getattr(other, name))
         return result
 
@@ -92,6 +95,11 @@ class Usage:
         """Selected pairs (L, BLOCKS, E) of the blocks of documents."""
         return self._blocks.cpu().numpy()
 
+    @property
+    def documents(self) -> np.ndarray:
+        """Documents (BLOCKS,) in every block."""
+        return (int(self._documents) + np.arange(BLOCKS)[::-1]) // BLOCKS
+
 
 def mutual_information(load: Float[np.ndarray, "*batch D E"]) -> Float[np.ndarray, "*batch"]:
     """I(domain; expert) in bits of pairs per domain and expert, the domains weighing the same; empty ones are left out.
@@ -116,21 +124,30 @@ def domain_information(usages: Mapping[str, Usage]) -> list[dict[str, float | No
 
     Equal text gives equal numbers: the permutations come from a generator of their own.
     """
-    blocks = [blocks for usage in usages.values() if (blocks := usage.blocks).any()]
+    read = [usage for usage in usages.values() if usage.blocks.any()]
     names = ("domain_information", "domain_information_maximum", "domain_information_floor")
-    if len(blocks) < 2:
+    if len(read) < 2:
         layers = len(next(iter(usages.values())).layer_indices) if usages else 0
         return [dict.fromkeys(names) for _ in range(layers)]
-    found = mutual_information(np.stack([one.sum(1) for one in blocks], axis=1))
-    maximum = float(np.log2(min(len(blocks), blocks[0].shape[-1])))
-    rows = zip(found.tolist(), [maximum] * len(found), _floor(blocks).tolist(), strict=True)
+    found = mutual_information(np.stack([usage.blocks.sum(1) for usage in read], axis=1))
+    maximum = float(np.log2(min(len(read), read[0].groups.num_experts)))
+    rows = zip(found.tolist(), [maximum] * len(found), _floor(read).tolist(), strict=True)
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 
-def _floor(blocks: Sequence[Int[np.ndarray, "L BLOCKS E"]]) -> Float[np.ndarray, " L"]:
+def _floor(usages: Sequence[Usage]) -> Float[np.ndarray, " L"]:
     """Return what 95 % of the permutations stay under, for every layer."""
-    pieces = np.concatenate([one[:, one.any((0, 2))] for one in blocks], axis=1)  # (L, P, E), P blocks that hold pairs
-    domain = np.concatenate([np.full(one.any((0, 2)).sum(), i) for i, one in enumerate(blocks)])
-    generator, member = np.random.default_rng(0), np.eye(len(blocks))
-    found = [mutual_information(member[generator.permutation(domain)].T @ pieces) for _ in range(PERMUTATIONS)]
+    held = [usage.blocks.any((0, 2)) for usage in usages]  # the blocks that hold pairs, P in all
+    load = np.concatenate([usage.blocks[:, here] for usage, here in zip(usages, held, strict=True)], axis=1)
+    documents = np.concatenate([usage.documents[here] for usage, here in zip(usages, held, strict=True)])[:, None]
+    member = np.repeat(np.eye(len(usages)), [here.sum() for here in held], axis=1)  # (D, P)
+    pairs = load.sum(-1, keepdims=True)
+    shares = load / np.maximum(pairs, 1)
+    mean = (documents * shares).sum(1, keepdims=True) / documents.sum()
+    scale = np.sqrt(documents)
+    deviation, generator = (shares - mean) * scale, np.random.default_rng(0)
+    found = []
+    for _ in range(PERMUTATIONS):
+        moved = mean + deviation[:, generator.permutation(len(documents))] / scale
+        found.append(mutual_information(np.maximum(member @ (pairs * moved), 0)))
     return np.quantile(found, 0.95, axis=0)
