@@ -143,6 +143,8 @@ def test_a_file_says_what_is_read(capsys, place):
         (["nowhere"], "himoe: nowhere: no such file or folder"),
         (["text", "--tokenizer", "words"], "data.tokenizer is 'words'; it must be 'bpe', 'byte', or the path of a"),
         (["text", "--held-out", "2"], "data.held_out"),
+        (["text", "--held-out", "0"], "data.held_out"),
+        (["text", "--workers", "0"], "data.workers"),
         (["text", "--out", "text"], "text: not empty and no prepared corpus; nothing was changed"),
         (["text", "--domain-column", "site"], "leave data.domain_column out"),
         (["text", "--steps", "4"], "unknown option '--steps'"),

@@ -51,3 +51,8 @@ def small_units(monkeypatch):
     """Let units be of about 4 kB, so that a short text is work for several processes; by default one does it."""
     monkeypatch.setattr(preparation, "available_cores", lambda: 1)
     monkeypatch.setattr(preparation, "read_source", partial(read_source, unit_size=4000))
+
+
+@pytest.fixture(params=["byte", "bpe"])
+def spec(request) -> dict:
+    return {"tokenizer": request.param, "vocab_size": 300, "held_out": 0.2}

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from himoe.data import Corpus, Tokenizer, TokenStream
+from himoe.data import Corpus, Tokenizer, TokenStream, preparation
 
 
 def documents_of(stream: TokenStream, tokenizer: Tokenizer) -> list[str]:
@@ -25,3 +25,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def all_documents(corpus: Corpus, side: str) -> list[str]:
     """Return the documents of all domains on one side, "train" or "held_out"."""
     return [text for stream in getattr(corpus, side).values() for text in documents_of(stream, corpus.tokenizer)]
+
+
+def source_documents(path: Path) -> list[str]:
+    """Return the documents of all domains as they are read."""
+    return [text for unit in preparation.read_source(path).units for _, text in unit.documents()]

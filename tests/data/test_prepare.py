@@ -1,26 +1,12 @@
-import os
 import random
-import resource
-import signal
-import time
 from pathlib import Path
 
 import pytest
-from corpus_case import all_documents, contents, documents_of
+from corpus_case import all_documents, contents, documents_of, source_documents
 
 from himoe.data import BPETokenizer, cache_folder, choice, preparation, prepare, writing
-from himoe.data.scan import scan_unit
-from himoe.data.sources import read_source
-from himoe.errors import ConfigError, DataError, HimoeWarning
-
-
-def source_documents(path: Path) -> list[str]:
-    return [text for unit in preparation.read_source(path).units for _, text in unit.documents()]
-
-
-@pytest.fixture(params=["byte", "bpe"])
-def spec(request) -> dict:
-    return {"tokenizer": request.param, "vocab_size": 300, "held_out": 0.2}
+from himoe.data.split import digest
+from himoe.errors import ConfigError, DataError
 
 
 @pytest.fixture
@@ -60,17 +46,6 @@ def test_the_second_time_no_text_is_read(two_domains, spec, no_build, monkeypatc
     second = prepare(two_domains, **spec)
     assert (second.hash, second.tokenizer.hash) == (first.hash, first.tokenizer.hash)
     assert all_documents(second, "train") == all_documents(first, "train")
-
-
-def test_a_change_that_leaves_size_and_time_as_they_were_a_moment_ago_is_noticed(two_domains):
-    file = two_domains / "verse" / "3.txt"
-    file.write_text("a" * 1000, encoding="utf-8")
-    now = time.time_ns()
-    os.utime(file, ns=(now, now))
-    first = prepare(two_domains, tokenizer="byte", held_out=0.2)
-    file.write_text("b" * 1000, encoding="utf-8")
-    os.utime(file, ns=(now, now))
-    assert prepare(two_domains, tokenizer="byte", held_out=0.2).hash != first.hash
 
 
 def test_the_same_text_elsewhere_is_found_again_under_its_own_name(two_domains, spec, no_build):
@@ -188,6 +163,35 @@ def test_a_document_in_two_domains_stays_in_the_first(tmp_path, text):
     assert counts == {"a": 8, "b": 4}
 
 
+def test_no_document_is_on_both_sides_even_of_different_domains(tmp_path, text):
+    shared = [text(900, seed=i) for i in range(12)]
+    for name, documents in (("large", shared), ("small", shared[4:7]), ("tiny", shared[10:])):
+        (tmp_path / "t" / name).mkdir(parents=True)
+        for i, one in enumerate(documents):
+            (tmp_path / "t" / name / f"{i}.txt").write_text(one, encoding="utf-8")
+    corpus = prepare(tmp_path / "t", tokenizer="byte", held_out=0.01)
+    train, held_out = (all_documents(corpus, side) for side in ("train", "held_out"))
+    assert sorted(train + held_out) == sorted(shared + shared[4:7] + shared[10:])
+    assert not set(train) & set(held_out)
+    assert all(stream.num_documents for part in (corpus.train, corpus.held_out) for stream in part.values())
+
+
+def test_domains_that_leave_each_other_nothing_are_refused(tmp_path, text):
+    in_order = sorted((text(900, seed=i) for i in range(3)), key=digest)
+    for name, documents in (("a", in_order[:2]), ("b", in_order[1:])):
+        (tmp_path / "t" / name).mkdir(parents=True)
+        for i, one in enumerate(documents):
+            (tmp_path / "t" / name / f"{i}.txt").write_text(one, encoding="utf-8")
+    with pytest.raises(DataError, match=r"domain a: shares so many of its few documents .* none is left to train on"):
+        prepare(tmp_path / "t", tokenizer="byte", held_out=1e-9)
+
+
+def test_nothing_but_blank_documents_is_refused(tmp_path):
+    (tmp_path / "blank.jsonl").write_text('{"text": " "}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"blank\.jsonl: every document in it is blank"):
+        prepare(tmp_path / "blank.jsonl")
+
+
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
     assert cache_folder() != tmp_path / "named"
     monkeypatch.setenv("HIMOE_CACHE", str(tmp_path / "named"))
@@ -198,98 +202,6 @@ def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cache_folder() == tmp_path / "home" / ".cache" / "himoe"
-
-
-def test_a_cache_that_cannot_be_written_is_named_with_the_variable(two_domains, tmp_path):
-    (tmp_path / "file").write_text("not a folder", encoding="utf-8")
-    with pytest.raises(DataError, match=r"file: cannot keep the prepared data there: Not a dir.*HIMOE_CACHE"):
-        prepare(two_domains, cache=tmp_path / "file")
-
-
-@pytest.mark.parametrize(("limit", "workers"), [(100, 1), (2_000, 1), (2_000, 2)])
-def test_after_a_full_disk_the_same_call_goes_on(two_domains, spec, cache, limit, workers, small_units, tmp_path):
-    """A limit on the size of files stands for the full disk: writes fail in the middle, the same way."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-        with pytest.raises(DataError, match="cannot keep the prepared data there: File too large; free some space"):
-            prepare(two_domains, **spec, workers=workers)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, ignored)
-    assert not list(cache.rglob("*.tmp"))
-    after = prepare(two_domains, **spec)
-    assert contents(after.folder) == contents(prepare(two_domains, **spec, cache=tmp_path / "undisturbed").folder)
-
-
-def test_work_that_was_interrupted_is_not_done_again(two_domains, small_units, tmp_path, monkeypatch):
-    def interrupt(stage, done, total):
-        if stage == "writing tokens" and done > total / 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        prepare(two_domains, vocab_size=300, workers=1, progress=interrupt)
-    written = []
-    write = writing.write_unit
-    monkeypatch.setattr(
-        writing, "write_unit", lambda plan, index, *rest: written.append(index) or write(plan, index, *rest)
-    )
-    monkeypatch.setattr(BPETokenizer, "train", None)
-    again = prepare(two_domains, vocab_size=300, workers=1)
-    units = len(preparation.read_source(two_domains).units)
-    assert 0 < len(written) < units and written == list(range(units - len(written), units))
-    monkeypatch.undo()
-    monkeypatch.setattr(
-        preparation, "read_source", lambda path, **options: read_source(path, unit_size=4000, **options)
-    )
-    whole = prepare(two_domains, vocab_size=300, workers=1, cache=tmp_path / "undisturbed")
-    assert contents(again.folder) == contents(whole.folder)
-
-
-def test_what_a_killed_process_left_is_done_again_or_cleared_away(two_domains, small_units, tmp_path):
-    def interrupt(stage, done, total):
-        if stage == "writing tokens" and done > total / 2:
-            raise KeyboardInterrupt
-
-    made = {"tokenizer": "byte", "workers": 1, "out": tmp_path / "out"}
-    with pytest.raises(KeyboardInterrupt):
-        prepare(two_domains, **made, progress=interrupt)
-    cut = next((tmp_path / "out").glob("*.tokens"))
-    cut.write_bytes(cut.read_bytes()[:-2])  # as a power cut may leave it
-    (tmp_path / "out" / "train-000-000003.tokens.12345.tmp").write_bytes(b"half of it")
-    (tmp_path / "out" / "units" / "000000.json").write_text("{", encoding="utf-8")
-    prepare(two_domains, **made)
-    whole = prepare(two_domains, **made | {"out": tmp_path / "undisturbed"})
-    assert contents(tmp_path / "out") == contents(whole.folder)
-
-
-def test_text_that_changes_under_way_is_noticed_and_read_anew(two_domains, monkeypatch):
-    def change_after(folder, index, unit, advance):
-        found = scan_unit(folder, index, unit, advance)
-        (two_domains / "verse" / "3.txt").write_text("all new" * 300, encoding="utf-8")
-        return found
-
-    monkeypatch.setattr("himoe.data.scan.scan_unit", change_after)
-    with pytest.raises(DataError, match="changed while the text was being prepared; run the same command again"):
-        prepare(two_domains, tokenizer="byte", held_out=0.2)
-    monkeypatch.undo()
-    corpus = prepare(two_domains, tokenizer="byte", held_out=0.2)
-    assert "all new" * 300 in all_documents(corpus, "train") + all_documents(corpus, "held_out")
-
-
-def test_unfinished_work_is_deleted_when_nobody_goes_on_with_it(two_domains, cache, monkeypatch):
-    def interrupt(stage, done, total):
-        if stage == "writing tokens":
-            raise KeyboardInterrupt
-
-    for held_out in (0.2, 0.3):
-        with pytest.raises(KeyboardInterrupt):
-            prepare(two_domains, tokenizer="byte", held_out=held_out, progress=interrupt)
-    assert len(list((cache / "corpora").iterdir())) == 2
-    monkeypatch.setattr(preparation, "FORGOTTEN", -10)
-    corpus = prepare(two_domains, tokenizer="byte", held_out=0.3)
-    assert list((cache / "corpora").iterdir()) == [corpus.folder]
 
 
 def test_progress_is_reported_in_order(two_domains, spec, monkeypatch):
@@ -335,22 +247,6 @@ def test_documents_never_change_sides_as_a_folder_grows(two_domains, text):
         grown = prepare(two_domains, tokenizer="byte", held_out=0.3)
         assert held_out <= set(all_documents(grown, "held_out"))
         assert not held_out & set(all_documents(grown, "train"))
-
-
-def test_a_damaged_cache_is_prepared_again_with_a_word(two_domains, spec):
-    intact = prepare(two_domains, **spec)
-    before = contents(intact.folder)
-    for name in before:
-        for damaged in (None, before[name][:-3], before[name][:-3] + b"xyz"):
-            (intact.folder / name).unlink()
-            if damaged is not None:
-                (intact.folder / name).write_bytes(damaged)
-            if name == "corpus.json" and damaged is None:
-                assert prepare(two_domains, **spec).hash == intact.hash
-            else:
-                with pytest.warns(HimoeWarning, match=rf"{name}.*; prepare the data again: that is done now"):
-                    assert prepare(two_domains, **spec).hash == intact.hash
-            assert contents(intact.folder) == before
 
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

@@ -60,6 +60,7 @@ def test_a_stream_of_arrays_counts_for_itself():
     assert (stream.num_documents, stream.num_bytes, stream.dtype) == (3, 3, np.uint16)
     assert TokenStream.of([70_000], end_of_document=70_000, num_bytes=5).num_bytes == 5
     assert TokenStream.of([70_000], end_of_document=70_000)[:].tolist() == [70_000]
+    assert TokenStream.of(np.array([70_000, 1]), end_of_document=1)[:].tolist() == [70_000, 1]
     assert len(TokenStream.of(end_of_document=1)[:]) == 0
 
 

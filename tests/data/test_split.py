@@ -3,7 +3,7 @@ import random
 import numpy as np
 import pytest
 
-from himoe.data.split import DIGEST, HeldOut, Lowest, digest
+from himoe.data.split import DIGEST, HeldOut, Lowest, Split, digest
 from himoe.errors import DataError
 
 DOCUMENTS = [f"document number {i}, with its own text" for i in range(2000)]
@@ -64,6 +64,18 @@ def test_held_out_reaches_the_wanted_bytes_by_the_next_lowest_digests(portions):
     _, held_out = split(DOCUMENTS, 0.001, minimum_bytes=100 * size, portions=portions)
     assert 100 * size <= sum(len(document.encode()) for document in held_out) < 102 * size
     assert sorted(held_out, key=digest) == sorted(DOCUMENTS, key=digest)[: len(held_out)]
+
+
+def test_what_one_domain_needs_changes_sides_in_all_that_have_it():
+    low, *rest = sorted(DOCUMENTS, key=digest)
+    for fraction, needed, held_out in ((1e-9, rest[5:], rest[5]), (1 - 1e-9, rest[:5], rest[4])):
+        parts = [HeldOut(fraction), HeldOut(fraction)]
+        for part, documents in zip(parts, ([low, *rest], needed), strict=True):
+            part.add(*arrays(documents))
+        split = Split.of(parts, ["large", "small"])
+        changed = arrays([held_out])[0]
+        assert split.is_held_out(changed).tolist() == [fraction < 0.5]
+        assert split.is_held_out(arrays(rest[6:-1])[0]).any() == (fraction > 0.5)
 
 
 def test_repeated_documents_count_once_towards_the_wanted_bytes():

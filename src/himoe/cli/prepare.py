@@ -99,7 +99,7 @@ class Prepare(Verb):
         """Return the table [data] with this command's options over it."""
         from himoe.data.corpus import is_prepared
 
-        given: dict[str, Any] = {key: value for key in OPTIONS if (value := getattr(self, key)) not in (None, False)}
+        given = self._given()
         if self.path is not None:
             if is_prepared(self.path) and (unused := [*given, *["out"] * bool(self.out)]):
                 raise ConfigError(
@@ -109,14 +109,19 @@ class Prepare(Verb):
             given |= {"path": str(self.path), "sources": "none"}
         return load_config(self.recipe, sets=self.changes, overrides={"data": given}).data
 
+    def _given(self) -> dict[str, Any]:
+        """Return the options that were given; a number 0 was, and is refused where it makes no sense."""
+        values = {key: getattr(self, key) for key in OPTIONS}
+        return {key: value for key, value in values.items() if value is not None and value is not False}
+
     def _train(self) -> str:
         """Return the command that trains on what was prepared."""
         if self.out:
             return f"himoe train --data {shlex.quote(str(self.out))}"
         words = ["himoe", "train", *[self.recipe] * bool(self.recipe)]
         words += ["--data", str(self.path)] if self.path else []
-        for key in OPTIONS:
-            if key != "workers" and (value := getattr(self, key)) not in (None, False):
+        for key, value in self._given().items():
+            if key != "workers":
                 words += [f"--data.{key.replace('_', '-')}", *[str(value)] * (value is not True)]
         return shlex.join([*words, *(word for change in self.changes for word in ("--set", change))])
 

@@ -1,25 +1,46 @@
 """What a scan decides: which documents are held out, and from which the tokenizer learns."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from himoe.data.pool import Advance, Pool
-from himoe.data.scan import Documents, Progress, Scan
+from himoe.data.scan import Documents, Progress, Scan, scanned_documents
 from himoe.data.sources import Source, Unit
-from himoe.data.split import DIGEST, HeldOut, Lowest, digest
+from himoe.data.split import HeldOut, Lowest, Split, digest
+from himoe.errors import DataError
 
 BPE_SAMPLE = 16 * 2**20  # bytes of training text that the merges are learned from
 
 Kept = Sequence[np.ndarray | None]  # for every unit the documents that are no duplicates, `(n,)` bool; None: all
 
 
-def bounds(name: str, scan: Scan, kept: Kept, fraction: float, minimum_bytes: int) -> list[bytes]:
-    """Return for every domain the digest below which documents are held out."""
+def split(name: str, scan: Scan, kept: Kept, fraction: float, minimum_bytes: int) -> Split:
+    """Return which documents are held out; raises `DataError` unless every domain gets both sides."""
+    if not scan.domains:
+        raise DataError(f"{name}: every document in it is blank; give text")
     parts = [HeldOut(fraction, minimum_bytes) for _ in scan.domains]
     for documents, keep in zip(scan.units(), kept, strict=True):
         _add_by_domain(parts, documents, keep)
-    return [part.bound(f"{name}, domain {domain}") for part, domain in zip(parts, scan.domains, strict=True)]
+    found = Split.of(parts, [f"{name}, domain {domain}" for domain in scan.domains])
+    if len(found.held_out) + len(found.trained):
+        _check_sides(name, scan, kept, found)
+    return found
+
+
+def _check_sides(name: str, scan: Scan, kept: Kept, split: Split) -> None:
+    """Raise `DataError` where what one domain needs on a side was all that another had on the other side."""
+    there = np.zeros((2, len(scan.domains)), dtype=bool)
+    for documents, keep in zip(scan.units(), kept, strict=True):
+        chosen = slice(None) if keep is None else keep
+        there[split.is_held_out(documents.digests)[chosen].astype(int), documents.domains[chosen]] = True
+    for side, present in zip(("train on", "hold out"), there, strict=True):
+        if not present.all():
+            raise DataError(
+                f"{name}, domain {scan.domains[int(present.argmin())]}: shares so many of its few documents with other "
+                f"domains that none is left to {side}; put these domains together, or set data.deduplicate"
+            )
 
 
 def _add_by_domain(parts: Sequence[HeldOut | Lowest], documents: Documents, chosen: np.ndarray | None) -> None:
@@ -30,14 +51,7 @@ def _add_by_domain(parts: Sequence[HeldOut | Lowest], documents: Documents, chos
         parts[place].add(documents.digests[mine], documents.sizes[mine])
 
 
-def is_held_out(documents: Documents, bounds: Sequence[bytes]) -> np.ndarray:
-    """Return which documents are held out, `(n,)` bool; `bounds` are those of the documents' domain indices."""
-    return documents.digests < np.array(bounds, DIGEST)[documents.domains]
-
-
-def training_sample(
-    source: Source, scan: Scan, kept: Kept, bounds: Sequence[bytes], pool: Pool, report: Progress
-) -> list[str]:
+def training_sample(source: Source, scan: Scan, kept: Kept, split: Split, pool: Pool, report: Progress) -> list[str]:
     """Return different training documents: an equal share of `BPE_SAMPLE` per domain, lowest digests first.
 
     Equal shares, because in proportion to size a small domain would get no tokens of its own.
@@ -45,13 +59,14 @@ def training_sample(
     share = -(-BPE_SAMPLE // len(scan.domains))
     lowest = [Lowest(share) for _ in scan.domains]
     for documents, keep in zip(scan.units(), kept, strict=True):
-        train = ~is_held_out(documents, bounds)
+        train = ~split.is_held_out(documents.digests)
         _add_by_domain(lowest, documents, train if keep is None else train & keep)
     places = _places_of(scan, [part.digests for part in lowest])
     total, done = sum(int(part.sizes.sum()) for part in lowest), 0
     report("sampling", 0, total)
     found: list[tuple[int, bytes, str]] = []
-    for texts in pool.run(read_texts, ((source.units[i], at, share) for i, at in places), lambda _size: None):
+    tasks = ((scan.folder, i, source.units[i], at, share) for i, at in places)
+    for texts in pool.run(read_texts, tasks, lambda _size: None):
         found += [(scan.domains.index(domain), digest(text), text) for domain, text in texts]
         done += sum(len(text.encode()) for _, text in texts)
         report("sampling", done, total)
@@ -75,11 +90,18 @@ def _places_of(scan: Scan, wanted: Sequence[np.ndarray]) -> Iterator[tuple[int, 
             yield unit, sorted(places)
 
 
-def read_texts(unit: Unit, places: list[int], longest: int, advance: Advance) -> list[tuple[str, str]]:  # noqa: ARG001
+def read_texts(
+    scans: Path,
+    index: int,
+    unit: Unit,
+    places: list[int],
+    longest: int,
+    advance: Advance,  # noqa: ARG001
+) -> list[tuple[str, str]]:
     """Return domain and text, up to `longest` characters, of a unit's documents at the given places, sorted."""
     wanted = iter(places)
     next_place, texts = next(wanted, None), []
-    for place, (domain, text) in enumerate(unit.documents()):
+    for place, (domain, text) in enumerate(scanned_documents(scans, index, unit)):
         if place == next_place:
             texts.append((domain, text[:longest]))
             if (next_place := next(wanted, None)) is None:

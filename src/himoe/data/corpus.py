@@ -52,16 +52,21 @@ def cache_folder() -> Path:
 
 def is_prepared(path: Path) -> bool:
     """Return whether a folder holds a prepared corpus, whole or damaged."""
-    try:
-        with (path / CORPUS).open(encoding="utf-8", errors="replace") as file:
-            return MARK in file.read(100)
-    except OSError:
-        return False
+    return _holds(path / CORPUS, MARK)
 
 
 def is_unfinished(path: Path) -> bool:
     """Return whether a folder holds a preparation that has not been finished."""
-    return (path / PLAN).is_file() and not is_prepared(path)
+    return _holds(path / PLAN, '"layout"') and not is_prepared(path)
+
+
+def _holds(file: Path, mark: str) -> bool:
+    """Return whether a file is there and has a mark near its beginning, so that it is one of ours."""
+    try:
+        with file.open(encoding="utf-8", errors="replace") as opened:
+            return mark in opened.read(200)
+    except OSError:
+        return False
 
 
 def describe(folder: Path) -> dict[str, Any]:

@@ -19,10 +19,10 @@ import tokenizers
 from himoe.data.corpus import Corpus, cache_folder, describe, is_prepared, is_unfinished, open_corpus
 from himoe.data.embedded import embedded_source
 from himoe.data.pool import Pool, available_cores
-from himoe.data.scan import Progress, Scan, known_scan, scan_folder, scan_source
+from himoe.data.scan import Progress, Scan, TextChangedError, known_scan, scan_folder, scan_source
 from himoe.data.sources import Source, read_source, read_sources
 from himoe.data.tokenizer import Tokenizer, load_tokenizer
-from himoe.data.writing import Settings, TextChangedError, build, clear, corpus_key
+from himoe.data.writing import PLAN, Settings, build, clear, corpus_key
 from himoe.errors import ConfigError, DataError, HimoeWarning
 
 try:
@@ -153,18 +153,18 @@ def _prepare(
             (store / "scans").mkdir(parents=True, exist_ok=True)
             kept = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=store / "scans", prefix=ONCE)))
         pool = stack.enter_context(Pool(min(workers or available_cores(), len(source.units))))
-        kept.mkdir(parents=True, exist_ok=True)
         with _lock(kept, report):
             scan = scan_source(source, kept, pool, report)
         if corpus := _found(source, scan, settings, store, out, report):
             return corpus
         folder = out or _place(store, scan, settings)
-        folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(_lock(folder, report))
         if is_prepared(folder):  # by another process in the meantime, or it is damaged
             try:
-                return open_corpus(folder, name=source.name, report=report)
+                return _open_made(folder, source, scan, settings, report)
             except DataError as error:
+                if out:
+                    raise
                 warnings.warn(f"{error}: that is done now", HimoeWarning, stacklevel=3)
                 clear(folder)
         _forget_old_work(store, but=(folder, kept))
@@ -183,15 +183,20 @@ def _found(
     if out is None:
         folder = _place(store, scan, settings)
         with contextlib.suppress(DataError):
-            return open_corpus(folder, name=source.name, report=report) if is_prepared(folder) else None
+            return _open_made(folder, source, scan, settings, report) if is_prepared(folder) else None
         return None
     if is_prepared(out):
-        if describe(out)["key"] != corpus_key(scan, settings):
-            raise DataError(f"{out}: holds a corpus of other text or settings; delete it, or choose another folder")
-        return open_corpus(out, name=source.name, report=report)
-    if out.exists() and not is_unfinished(out) and any(out.iterdir()):
+        return _open_made(out, source, scan, settings, report)
+    if out.exists() and not is_unfinished(out) and not all(entry.name.startswith(PLAN) for entry in out.iterdir()):
         raise DataError(f"{out}: not empty and no prepared corpus; nothing was changed: choose another folder")
     return None
+
+
+def _open_made(folder: Path, source: Source, scan: Scan, settings: Settings, report: Progress) -> Corpus:
+    """Open a prepared folder; raises `DataError` unless it is whole and of this text and these settings."""
+    if describe(folder)["key"] != corpus_key(scan, settings):
+        raise DataError(f"{folder}: holds a corpus of other text or settings; delete it, or choose another folder")
+    return open_corpus(folder, name=source.name, report=report)
 
 
 def _open_as_it_is(folder: Path, tokenizer: str, given: Tokenizer | None, report: Progress) -> Corpus:
@@ -218,44 +223,65 @@ def _lock(folder: Path, report: Progress) -> Iterator[None]:
     The lock is the system's and ends with the process. Where there are none, two processes do the same work twice, and
     both come to the same files.
     """
-    if fcntl is None:
-        yield
-        return
-    os.utime(folder)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        if fcntl is None:
+            yield
+            return
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report("waiting for another process that prepares the same text", 0, 0)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError:  # a disk that knows no locks, such as some network drives
-            pass
-        yield
-    finally:
-        os.close(descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                report("waiting for another process that prepares the same text", 0, 0)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            except OSError:  # a disk that knows no locks, such as some network drives
+                pass
+            if _is_open_as(descriptor, folder):
+                os.utime(folder)
+                yield
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _is_open_as(descriptor: int, folder: Path) -> bool:
+    """Say whether a folder is still the one that was opened, and not deleted, or made anew, since then."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), folder.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _forget_old_work(store: Path, but: Sequence[Path]) -> None:
     """Delete what unfinished preparations left in the cache long ago, and the digests of texts not used for long."""
     before = time.time() - FORGOTTEN
     for folder in (store / "corpora").glob("*/"):
-        if folder not in but and is_unfinished(folder) and folder.stat().st_mtime < before:
+        if folder not in but and is_unfinished(folder) and _changed(folder) < before:
             shutil.rmtree(folder, ignore_errors=True)
     for folder in (store / "scans").glob("*/"):
-        if folder not in but and folder.stat().st_mtime < before:
+        if folder not in but and _changed(folder) < before:
             for unit in folder.glob("*.npz"):
                 unit.unlink(missing_ok=True)
             if folder.name.startswith(ONCE):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def _changed(folder: Path) -> float:
+    """Return when a folder was last changed; now, where another process has just deleted it."""
+    try:
+        return folder.stat().st_mtime
+    except FileNotFoundError:
+        return time.time()
+
+
 def _explained(error: OSError, written: Sequence[Path]) -> DataError:
     """Return what the system refused, told apart by whether the file lies in a folder that is written to."""
     place = Path(os.fsdecode(error.filename)).resolve() if isinstance(error.filename, str | bytes) else None
-    if place and not any(place.is_relative_to(folder.resolve()) for folder in written):
+    around = [folder for folder in written if place is None or place.is_relative_to(folder.resolve())]
+    if not around:
         return DataError(f"{place}: cannot be read: {error.strerror}; mend that, or take it out of the text")
     return DataError(
-        f"{written[-1]}: cannot keep the prepared data there: {error.strerror or error}; free some space and run the "
+        f"{around[-1]}: cannot keep the prepared data there: {error.strerror or error}; free some space and run the "
         "same again, finished parts are kept; or let HIMOE_CACHE (or --out) name another folder"
     )

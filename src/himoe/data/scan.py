@@ -29,8 +29,13 @@ MAX_DOMAINS = 1000
 SETTLED = 2 * 10**9  # ns after which a change shows in a file's time: the coarsest file systems count 2 s
 COMPARED = 2 * 2**20  # documents compared with each other at a time
 REPORTED = 4 * 2**20  # bytes between two reports
+CHANGED = "changed while the text was being prepared; run the same command again"
 
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all (0: not known)
+
+
+class TextChangedError(DataError):
+    """Text that is no longer what it was when it was scanned."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,20 @@ def read_unit(folder: Path, index: int) -> tuple[Documents, list[str]]:
     with np.load(_unit_file(folder, index)) as saved:
         names = json.loads(saved["names"].tobytes())
         return Documents(saved["digests"], saved["sizes"], saved["domains"]), names
+
+
+def scanned_documents(folder: Path, index: int, unit: Unit) -> Iterator[tuple[str, str]]:
+    """Yield (domain, text) of a unit's documents; raises `TextChangedError` unless they are those that were scanned."""
+    known, names = read_unit(folder, index)
+    digests = known.digests.tobytes()
+    place = 0
+    for place, (domain, text) in enumerate(unit.documents(), start=1):
+        same = place <= len(known.sizes) and digests[16 * place - 16 : 16 * place] == digest(text)
+        if not same or names[known.domains[place - 1]] != domain:
+            raise TextChangedError(f"{unit.label}: {CHANGED}")
+        yield domain, text
+    if place != len(known.sizes):
+        raise TextChangedError(f"{unit.label}: {CHANGED}")
 
 
 def first_of_equal(scan: Scan) -> list[np.ndarray]:

@@ -60,7 +60,7 @@ class TokenStream:
     @classmethod
     def of(cls, *arrays: Sequence[int] | np.ndarray, end_of_document: int, num_bytes: int | None = None) -> Self:
         """Return a stream of tokens in memory; `num_bytes` None counts a byte for each that ends no document."""
-        width = np.dtype(np.uint16 if end_of_document < 2**16 else np.uint32)
+        width = token_type(1 + max([end_of_document, *(int(np.max(array)) for array in arrays if len(array))]))
         parts = [np.asarray(array, dtype=width) for array in arrays if len(array)]
         documents = sum(int((part == end_of_document).sum()) for part in parts)
         size = sum(map(len, parts)) - documents if num_bytes is None else num_bytes

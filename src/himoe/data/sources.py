@@ -100,7 +100,8 @@ def _source(name: str, paths: Mapping[str | None, Path], columns: Columns, unit_
         )
     digest = hashlib.sha256(repr((columns, unit_size)).encode())
     for file in files:
-        digest.update(repr((str(file.path.absolute()), file.domain, file.stat.st_size, file.stat.st_mtime_ns)).encode())
+        times = file.stat.st_mtime_ns, file.stat.st_ctime_ns  # the second tells where the first was set back
+        digest.update(repr((str(file.path.absolute()), file.domain, file.stat.st_size, times)).encode())
     newest = max((file.stat.st_mtime_ns for file in files), default=0)
     return Source(name, partial(_units, files, columns, unit_size), digest.hexdigest(), newest=newest)
 

@@ -1,11 +1,13 @@
-"""The held-out split of a domain, decided by each document's content alone.
+"""The held-out split, decided by each document's content alone.
 
-A document is held out when its hash, read as a number in [0, 1), is below the domain's bound: the wanted fraction, or
-more where that would hold out too little. So the split does not depend on the order of files, adding a document moves
-no other, and equal documents of a domain fall on the same side.
+A document is held out when its hash, read as a number in [0, 1), is below the wanted fraction. Where that would leave
+a side of a domain without enough, documents of the next hashes change sides, in all domains that have them. So the
+split does not depend on the order of files, and equal documents fall on the same side wherever they stand.
 """
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -52,7 +54,7 @@ class HeldOut:
     def __init__(self, fraction: float, minimum_bytes: int = 1) -> None:
         if not 0 < fraction < 1:
             raise DataError(f"held_out is {fraction}; allowed is a fraction between 0 and 1, such as 0.05")
-        self._fraction = fraction
+        self.usual = int(fraction * 2**128).to_bytes(16, "big")  # the bound where documents are many
         self._lowest = Lowest(max(minimum_bytes, 1))
         self._ends: list[bytes] = []  # lowest and highest digest so far
 
@@ -71,10 +73,35 @@ class HeldOut:
                 f"{where}: too short to hold a part out, it has {'one document only' if self._ends else 'no document'};"
                 " give a longer text, or put short files together in one sub-folder to make them one domain"
             )
-        wanted = int(self._fraction * 2**128)
         needed = int.from_bytes(_bytes(self._lowest.digests[-1]), "big") + 1
         highest = int.from_bytes(self._ends[-1], "big")
-        return min(max(wanted, needed), highest).to_bytes(16, "big")
+        return min(max(int.from_bytes(self.usual, "big"), needed), highest).to_bytes(16, "big")
+
+    def exceptions(self, where: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the digests held out beyond the usual bound, and those below it that are trained on."""
+        usual, bound = np.array(self.usual, DIGEST), np.array(self.bound(where), DIGEST)
+        low = self._lowest.digests
+        return low[(low >= usual) & (low < bound)], np.array(self._ends[-1:] if bound < usual else [], DIGEST)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which documents are held out: those of a digest below `bound`, but for some that a domain needs on one side."""
+
+    bound: bytes
+    held_out: np.ndarray  # (n,) digests that are not below it
+    trained: np.ndarray  # (n,) digests that are
+
+    @classmethod
+    def of(cls, parts: Sequence[HeldOut], names: Sequence[str]) -> "Split":
+        """Return the split that gives each of some domains, of one fraction, what it needs on both sides."""
+        held_out, trained = zip(*(part.exceptions(name) for part, name in zip(parts, names, strict=True)), strict=True)
+        return cls(parts[0].usual, np.concatenate(held_out), np.concatenate(trained))
+
+    def is_held_out(self, digests: np.ndarray) -> np.ndarray:
+        """Return which of some documents are held out, `(n,)` bool."""
+        below = digests < np.array(self.bound, DIGEST)
+        return (below & ~np.isin(digests, self.trained)) | np.isin(digests, self.held_out)
 
 
 def _bytes(digest: np.bytes_) -> bytes:

@@ -3,8 +3,10 @@
 import contextlib
 import os
 import pickle
+import queue
 import signal
 import sys
+import threading
 import traceback
 from typing import Any
 
@@ -14,15 +16,17 @@ from himoe.errors import DataError, HimoeError, MissingExtraError
 def serve() -> None:
     """Do what comes in, and answer, until the process that asks is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
-    questions, answers = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # so that a stray print cannot fall among the answers
 
     def answer(kind: str, value: Any) -> None:
         pickle.dump((kind, value), answers)
         answers.flush()
 
+    questions: queue.SimpleQueue[tuple] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(questions,), daemon=True).start()
     while True:
-        function, task = pickle.load(questions)
+        function, task = questions.get()
         try:
             result = ("result", function(*task, lambda size: answer("advance", size)))
         except BrokenPipeError:
@@ -36,7 +40,20 @@ def serve() -> None:
         answer(*result)
 
 
+def _listen(questions: queue.SimpleQueue[tuple]) -> None:
+    """Hand on what comes in; when the process that asks is gone, end at once, lest its successor be disturbed."""
+    try:
+        with open(sys.stdin.fileno(), "rb", closefd=False) as source:
+            while True:
+                questions.put(pickle.load(source))
+    except EOFError:
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
 if __name__ == "__main__":
-    with contextlib.suppress(EOFError, BrokenPipeError):
+    with contextlib.suppress(BrokenPipeError):
         serve()
     os._exit(0)  # with no attempt to empty the buffers of a broken pipe

@@ -16,15 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from himoe.data.choice import Kept, bounds, is_held_out, training_sample
+from himoe.data.choice import Kept, split, training_sample
 from himoe.data.files import write_json, write_text
 from himoe.data.pool import Advance, Pool
-from himoe.data.scan import Documents, Progress, Scan, first_of_equal, read_unit
+from himoe.data.scan import Progress, Scan, first_of_equal, read_unit, scanned_documents
 from himoe.data.shards import ShardWriter, token_type
 from himoe.data.sources import Source, Unit
-from himoe.data.split import digest
+from himoe.data.split import Split
 from himoe.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
-from himoe.errors import DataError
 from himoe.run_folder import sync_folder
 
 FORMAT = 3  # to be raised when the same text would give other files than before
@@ -33,11 +32,6 @@ BATCH = 2**17  # characters encoded at a time, which takes up to some 300 bytes 
 LONGEST = 2**18  # characters of a text that is encoded as one
 PLAN, CORPUS, TOKENIZER = "preparation.json", "corpus.json", "tokenizer.json"
 SIDES = ("train", "held_out")
-CHANGED = "changed while the text was being prepared; run the same command again"
-
-
-class TextChangedError(DataError):
-    """Text that is no longer what it was when it was scanned."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,8 @@ class Plan:
 
     folder: Path
     domains: list[str]
-    bounds: list[bytes]  # of every domain: the digest below which documents are held out
+    split: Split
+    tokenizer: str  # hash of the one in the folder
 
 
 def build(
@@ -74,21 +69,22 @@ def build(
     if settings.deduplicate:
         report("comparing documents", 0, 0)
     kept = first_of_equal(scan) if settings.deduplicate else [None] * len(scan.counts)
-    plan = Plan(folder, scan.domains, bounds(source.name, scan, kept, settings.held_out, settings.minimum_held_out))
+    sides = split(source.name, scan, kept, settings.held_out, settings.minimum_held_out)
     if not (folder / TOKENIZER).exists():
-        tokenizer = given or _make_tokenizer(source, scan, kept, plan.bounds, settings, pool, report)
+        tokenizer = given or _make_tokenizer(source, scan, kept, sides, settings, pool, report)
         write_text(folder / TOKENIZER, tokenizer.to_json())
+    plan = Plan(folder, scan.domains, sides, load_tokenizer(folder / TOKENIZER).hash)
     _write_units(plan, source, scan, kept, pool, report)
     _finish(plan, source, settings, scan)
 
 
 def clear(folder: Path) -> None:
     """Delete what a preparation writes, and nothing else; `corpus.json` first, so that nobody opens the rest."""
-    for name in (CORPUS, PLAN, TOKENIZER, "ngrams.json"):
-        (folder / name).unlink(missing_ok=True)
-    for path in (*folder.glob("*.tokens"), *folder.glob("*.tmp")):
-        path.unlink(missing_ok=True)
+    (folder / CORPUS).unlink(missing_ok=True)
     shutil.rmtree(folder / "units", ignore_errors=True)
+    for path in (*folder.glob("*.tokens"), *folder.glob("*.tmp"), folder / TOKENIZER, folder / "ngrams.json"):
+        path.unlink(missing_ok=True)
+    (folder / PLAN).unlink(missing_ok=True)  # last: it says that the rest may be deleted
 
 
 def _start(folder: Path, plan: dict[str, Any]) -> None:
@@ -107,7 +103,7 @@ def _make_tokenizer(
     source: Source,
     scan: Scan,
     kept: Kept,
-    bounds: Sequence[bytes],
+    sides: Split,
     settings: Settings,
     pool: Pool,
     report: Progress,
@@ -115,7 +111,7 @@ def _make_tokenizer(
     """Return the tokenizer that the settings ask for; BPE merges are learned from the training part only."""
     if settings.vocab_size is None:
         return ByteTokenizer()
-    texts = training_sample(source, scan, kept, bounds, pool, report)
+    texts = training_sample(source, scan, kept, sides, pool, report)
     report("learning the tokenizer", 0, 0)
     return BPETokenizer.train(texts, settings.vocab_size)
 
@@ -138,12 +134,11 @@ def _write_units(plan: Plan, source: Source, scan: Scan, kept: Kept, pool: Pool,
 
 def write_unit(plan: Plan, index: int, unit: Unit, scans: Path, kept: np.ndarray | None, advance: Advance) -> None:
     """Write the shards of one unit and, when they are safe on disk, its record."""
-    tokenizer = _tokenizer(plan.folder / TOKENIZER)
+    tokenizer = _tokenizer(plan.folder / TOKENIZER, plan.tokenizer)
     known, names = read_unit(scans, index)
-    domains = [plan.domains.index(name) for name in names]
-    held_out = is_held_out(known, [plan.bounds[domain] for domain in domains])
+    held_out = plan.split.is_held_out(known.digests)
     removed = {name: [0, 0] for name in names}
-    texts = _checked(unit, known, names)
+    texts = scanned_documents(scans, index, unit)
     with ShardWriter(plan.folder, token_type(tokenizer.vocab_size)) as writer:
 
         def documents() -> Iterator[tuple[str, str, int]]:
@@ -209,21 +204,9 @@ def _encode(batch: Sequence[Piece], tokenizer: Tokenizer, writer: ShardWriter) -
             writer.add(piece.shard, [tokenizer.end_of_document], num_bytes=0, num_documents=0)
 
 
-def _checked(unit: Unit, known: Documents, names: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield the documents of a unit; raises `TextChangedError` unless they are those that were scanned."""
-    digests = known.digests.tobytes()
-    place = 0
-    for place, (domain, text) in enumerate(unit.documents(), start=1):
-        same = place <= len(known.sizes) and digests[16 * place - 16 : 16 * place] == digest(text)
-        if not same or names[known.domains[place - 1]] != domain:
-            raise TextChangedError(f"{unit.label}: {CHANGED}")
-        yield domain, text
-    if place != len(known.sizes):
-        raise TextChangedError(f"{unit.label}: {CHANGED}")
-
-
 @functools.lru_cache(maxsize=1)
-def _tokenizer(path: Path) -> Tokenizer:
+def _tokenizer(path: Path, hash: str) -> Tokenizer:  # noqa: ARG001
+    """Return the tokenizer of a folder; the hash tells it from one that lay there before."""
     return load_tokenizer(path)
 
 
