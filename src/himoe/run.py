@@ -16,6 +16,7 @@ from himoe import run_folder
 from himoe.config import Config
 from himoe.data import Corpus, ngram_baselines
 from himoe.errors import HimoeError
+from himoe.files import write_json, write_text
 from himoe.models import parameter_counts
 from himoe.report import write_report
 from himoe.train.best import Best
@@ -73,6 +74,7 @@ def train(
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(run_folder.locked(out))
             run_folder.check_run_folder(out, force=force)  # again: another process may have been quicker
+        run_folder.clear_partial_files(out)
         if not resume:
             run_folder.clear_run_folder(out)
         return run.go(env, profile=profile)
@@ -135,10 +137,10 @@ class _Run:
         }
 
     def go(self, env: dict[str, Any], *, profile: bool) -> dict[str, Any]:
-        run_folder.write_json(self.out / "config.json", self.config.model_dump(mode="json"))
-        run_folder.write_json(self.out / "env.json", env)
+        write_json(self.out / "config.json", self.config.model_dump(mode="json"))
+        write_json(self.out / "env.json", env)
         if not self.trainer.steps_done:
-            run_folder.write_text(self.out / "tokenizer.json", self.corpus.tokenizer.to_json())
+            write_text(self.out / "tokenizer.json", self.corpus.tokenizer.to_json())
         rewind_logs(self.out, self.trainer.steps_done)
         journal = self._journal(env)
         try:
@@ -153,7 +155,7 @@ class _Run:
         summary = {**journal.summary(status), "best": self.best.record()}
         summary["domains"] = with_baselines(summary["domains"], env["baselines"], held_out(self.corpus))
         summary["parameters"] = env["parameters"]
-        run_folder.write_json(self.out / "summary.json", summary)
+        write_json(self.out / "summary.json", summary)
         self._report()
         if status not in COMPLETE:
             _say(self.console, f"{status} and saved at step {summary['step']}; go on with --resume --out {self.out}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from himoe.errors import RunFolderError, nearest
+from himoe.files import write_text
 
 try:
     import fcntl
@@ -37,7 +38,7 @@ def check_run_folder(out: Path, *, resume: bool = False, force: bool = False) ->
         if not is_run_folder(out):
             raise RunFolderError(f"{out} holds no run to resume; start one without --resume")
         return
-    if not out.exists() or all(_is_temporary(path) for path in out.iterdir()):
+    if not out.exists() or set(out.iterdir()) <= set(_partial_files(out)):
         return
     if not is_run_folder(out):
         raise RunFolderError(f"{out} is not empty and not a run folder; nothing was changed: choose another with --out")
@@ -101,9 +102,15 @@ def no_run_folder(path: Path, *, missing: str = "config.json", known: Iterable[P
     return RunFolderError(f"run folder {path} {what}{nearest(str(path), map(str, known))}")
 
 
-def _is_temporary(path: Path) -> bool:
-    """Return whether `path` is what a process killed in its first moment may leave."""
-    return path.name in {f"{name}.tmp" for name in DOCUMENTS}
+def _partial_files(out: Path) -> list[Path]:
+    """Return what killed processes left of files that they were writing."""
+    return [path for name in (*DOCUMENTS, *LOGS, *OTHER_FILES) for path in out.glob(f"{name}.*.tmp")]
+
+
+def clear_partial_files(out: Path) -> None:
+    """Delete what killed processes left of files that they were writing."""
+    for path in _partial_files(out):
+        path.unlink(missing_ok=True)
 
 
 def clear_run_folder(out: Path) -> None:
@@ -118,35 +125,6 @@ def clear_run_folder(out: Path) -> None:
             shutil.rmtree(out / name)
     for name in (*LOGS, *OTHER_FILES, *reversed(DOCUMENTS)):  # config.json last: until then it is still a run folder
         (out / name).unlink(missing_ok=True)
-        (out / f"{name}.tmp").unlink(missing_ok=True)
-
-
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Replace `path` by the document in one step. Raises ValueError for a number that is not finite."""
-    write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step: a reader sees the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames inside `path` survive a power cut, where the system can."""
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -5,9 +5,11 @@ import pytest
 
 from himoe import run_folder
 from himoe.errors import RunFolderError
+from himoe.files import write_json, write_text
 from himoe.run_folder import (
     Log,
     check_run_folder,
+    clear_partial_files,
     clear_run_folder,
     is_in_use,
     locked,
@@ -17,8 +19,6 @@ from himoe.run_folder import (
     readable_disk_errors,
     run_of,
     truncate_log,
-    write_json,
-    write_text,
 )
 
 
@@ -41,8 +41,18 @@ def test_new_and_empty_folders_are_fine_and_stay_as_they_are(tmp_path):
     check_run_folder(tmp_path / "new")
     assert not (tmp_path / "new").exists()
     check_run_folder(tmp_path)
-    (tmp_path / "config.json.tmp").touch()  # what a process killed in its first moment leaves
+    (tmp_path / "config.json.123.tmp").touch()  # what a process killed in its first moment leaves
     check_run_folder(tmp_path)
+
+
+def test_what_killed_processes_were_writing_is_cleared_away_and_nothing_else(tmp_path):
+    make_run(tmp_path)
+    (tmp_path / "notes.1.tmp").touch()
+    before = set(tmp_path.iterdir())
+    for name in ("config.json.1.tmp", "metrics.jsonl.23.tmp", "report.html.4.tmp"):
+        (tmp_path / name).touch()
+    clear_partial_files(tmp_path)
+    assert set(tmp_path.iterdir()) == before
 
 
 def test_a_run_is_replaced_only_by_force(tmp_path):

@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from himoe.data.files import write_text
 from himoe.data.scan import Progress
 from himoe.data.shards import TokenFile, TokenStream
 from himoe.data.tokenizer import Tokenizer, load_tokenizer
 from himoe.data.writing import CORPUS, FORMAT, PLAN, SIDES, TOKENIZER, description_hash, drop_leftovers
 from himoe.errors import DataError
+from himoe.files import write_text
 
 MARK = '"himoe_corpus"'  # stands at the beginning of every corpus.json of ours, and in no text by chance
 QUICK = 64 * 2**20  # bytes of shards whose hashes are checked every time

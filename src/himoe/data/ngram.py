@@ -16,9 +16,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from himoe.data.corpus import Corpus
-from himoe.data.files import write_json
 from himoe.data.shards import TokenStream
 from himoe.data.tokenizer import Tokenizer
+from himoe.files import write_json
 
 START = 256
 FILE = "ngrams.json"

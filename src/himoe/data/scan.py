@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from himoe.data.files import replacing, write_json
 from himoe.data.pool import Advance, Pool
 from himoe.data.sources import Source, Unit
 from himoe.data.split import DIGEST, digest
 from himoe.errors import DataError
+from himoe.files import replacing, write_json
 
 FORMAT = 1
 SUMMARY = "scan.json"

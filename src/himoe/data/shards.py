@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from himoe.data.files import partial_name
+from himoe.files import partial_name
 
 OPEN_FILES = 128  # shards mapped at a time, over all streams: each holds a file descriptor
 CHUNK = 2**20  # tokens read at a time by what goes over a whole stream

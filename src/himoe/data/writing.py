@@ -17,14 +17,13 @@ from typing import Any
 import numpy as np
 
 from himoe.data.choice import Kept, split, training_sample
-from himoe.data.files import write_json, write_text
 from himoe.data.pool import Advance, Pool
 from himoe.data.scan import Progress, Scan, first_of_equal, read_unit, scanned_documents
 from himoe.data.shards import ShardWriter, token_type
 from himoe.data.sources import Source, Unit
 from himoe.data.split import Split
 from himoe.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
-from himoe.run_folder import sync_folder
+from himoe.files import sync_folder, write_json, write_text
 
 FORMAT = 3  # to be raised when the same text would give other files than before
 REPORTED = 2**20  # bytes between two reports

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from himoe.errors import MissingExtraError, RunFolderError
+from himoe.files import write_text
 from himoe.report.read import RunFolder
-from himoe.run_folder import write_text
 
 __all__ = ["RunFolder", "write_report"]
 

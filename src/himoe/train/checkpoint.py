@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from himoe.errors import CheckpointError, HimoeWarning, RunFolderError
-from himoe.run_folder import CHECKPOINTS, sync_folder, write_json
+from himoe.files import sync_folder, write_json
+from himoe.run_folder import CHECKPOINTS
 
 FORMAT = 1
 TEMPORARY = ".tmp-"
