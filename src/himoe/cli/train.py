@@ -46,7 +46,8 @@ class Train(Verb):
     """A recipe's name (see `himoe list recipes`), a TOML file, or the config.json of a run.
     Without it: the configuration of the run at --init-from, or lm_demo."""
     data: Annotated[Path | None, option("PATH")] = None
-    """Text file or folder to learn. Without it: what the recipe says, or text that comes with Python."""
+    """What to learn: any text that `himoe prepare` reads, or a folder that it wrote. Without it: what the recipe says,
+    or text that comes with Python."""
     out: Annotated[Path | None, option("DIR")] = None
     """Run folder to write. Without it: runs/NAME-DATE-TIME."""
     changes: Annotated[UseAppendAction[tuple[str, ...]], option("KEY=VALUE", "set")] = ()
