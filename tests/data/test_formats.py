@@ -127,6 +127,12 @@ GOOD = '{"text": "good", "lang": "en"}'
         ('{"text": {"a": 1}, "lang": "en"}', "column 'text' holds an object, not text"),
         ('{"text": "a", "lang": null}', r"column 'lang' holds nothing \(null\), not a domain's name"),
         ('{"text": "a", "lang": ""}', "column 'lang' holds an empty text, not a domain's name"),
+        (
+            '{"text": "a", "lang": "a\\nb"}',
+            r"column 'lang' holds 'a\\nb'…, not a domain's name: one line of at most 200",
+        ),
+        ('{"text": "a", "lang": "\\ud83d"}', "column 'lang' holds .*, not a domain's name: one line"),
+        (f'{{"text": "a", "lang": "{201 * "a"}"}}', "column 'lang' holds 'a{30}'…, not a domain's name: one line"),
         ('{"text": "a", "lang": "en"', "not JSON: Expecting ',' delimiter.*; every line must be one JSON object"),
         ('["a"]', "JSON, but not an object with columns"),
         ("[" * 100_000, "not JSON: .*recursion"),

@@ -65,8 +65,14 @@ def test_text_may_be_stored_in_other_ways(file, kind):
 def test_a_missing_column_is_named_with_those_there(file):
     write(file, table(content=["a"], Text=["b"]))
     with pytest.raises(
-        DataError, match=r"\.(parquet|arrow): no column 'text', there are 'content', 'Text'; did you mean 'Text'"
+        DataError, match=r"\.(parquet|arrow): no column 'text', there are 'content', 'Text'; .*did you mean 'Text'"
     ):
+        documents(read_source(file))
+
+
+def test_two_columns_of_one_name_are_refused(file):
+    write(file, pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"]))
+    with pytest.raises(DataError, match=r'"text" exists 2 times'):
         documents(read_source(file))
 
 

@@ -1,11 +1,16 @@
 """Which columns of a table are read, and what their values may be: text, and a name of a domain."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from himoe.errors import nearest
 
 SHOWN = 12  # columns named in an error
+LONGEST = 200  # characters of a domain's name
+UNFIT = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
+)  # in one: ends of lines, control, half surrogate pairs
 
 
 class UnusableError(Exception):
@@ -46,6 +51,11 @@ class Columns:
             return None, text
         if domain == "" or isinstance(domain, bool) or not isinstance(domain, str | int):
             raise UnusableError(f"column {self.domain!r} holds {_described(domain)}, not a domain's name or number")
+        if len(str(domain)) > LONGEST or UNFIT.search(str(domain)):
+            raise UnusableError(
+                f"column {self.domain!r} holds {str(domain)[:30]!r}…, not a domain's name: "
+                f"one line of at most {LONGEST} characters"
+            )
         return str(domain), text
 
 

@@ -135,12 +135,12 @@ def _record(line: bytes, columns: Columns, longest: int) -> tuple[str | None, st
         raise UnusableError("JSON, but not an object with columns; every line must be one JSON object")
     columns.check(list(record))
     found, text = columns.read(record[columns.text], record.get(columns.domain))
-    for column, value in zip(columns.names, (text, found), strict=False) if b"\\u" in line else ():
+    if b"\\u" in line:
         try:
-            (value or "").encode()
+            text.encode()
         except UnicodeEncodeError as error:
             raise UnusableError(
-                f"column {column!r} holds half a surrogate pair at character {error.start}, which is no text"
+                f"column {columns.text!r} holds half a surrogate pair at character {error.start}, which is no text"
             ) from error
     return found, text
 

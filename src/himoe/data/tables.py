@@ -106,6 +106,6 @@ def _faults_named(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: {error}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: a text in it is not UTF-8: {error.reason} at its byte {error.start}") from error
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, KeyError, OSError) as error:  # KeyError: two columns of one name
         reason = " ".join(str(error).split())
         raise DataError(f"{path}: not a file of {path.suffix[1:]} rows, or a damaged one: {reason}") from error
