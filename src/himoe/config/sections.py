@@ -208,7 +208,8 @@ class TrainConfig(BaseModel):
     steps: Count = Field(description="Optimizer steps")
     batch_size: Count = Field(description="Sequences of an optimizer step")
     accumulate: Count = Field(
-        default=1, description="Micro-batches that a step's sequences are split into, to save memory"
+        default=1,
+        description="Micro-batches that a step's sequences are split into, to save memory; the batch stays the same size",
     )
     seq_len: Count = Field(description="Tokens of a sequence")
     learning_rate: float = Field(gt=0, description="Highest learning rate, reached after the warm-up")
