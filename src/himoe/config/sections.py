@@ -209,7 +209,7 @@ class TrainConfig(BaseModel):
     batch_size: Count = Field(description="Sequences of an optimizer step")
     accumulate: Count = Field(
         default=1,
-        description="Micro-batches that a step's sequences are split into, to save memory; the batch stays the same size",
+        description="Micro-batches that a step's sequences are split into, to save memory; the batch stays as large",
     )
     seq_len: Count = Field(description="Tokens of a sequence")
     learning_rate: float = Field(gt=0, description="Highest learning rate, reached after the warm-up")

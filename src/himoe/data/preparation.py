@@ -207,7 +207,7 @@ def _open_as_it_is(folder: Path, tokenizer: str, given: Tokenizer | None, report
     ):
         raise ConfigError(
             f"data.tokenizer is {tokenizer!r}, but {folder} was prepared with another one ({corpus.tokenizer.name}); "
-            "bpe takes whichever the folder has; or prepare the text itself once more"
+            "set it to bpe, which takes whichever the folder has, or prepare the text itself once more"
         )
     return corpus
 
