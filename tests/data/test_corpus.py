@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 from corpus_case import all_documents, contents
@@ -128,6 +129,33 @@ def test_of_a_large_folder_hashes_are_checked_once_per_state(prepared, monkeypat
     moved = prepared.folder.rename(tmp_path / "moved")
     with pytest.raises(DataError, match="content differs"):
         prepare(moved)
+
+
+def test_damage_under_a_time_that_was_set_back_is_found_and_never_forgotten(prepared, monkeypatch):
+    monkeypatch.setattr(corpus, "QUICK", 0)
+    prepare(prepared.folder)
+    shard = shard_of(prepared.folder)
+    time = shard.stat().st_mtime_ns
+    shard.write_bytes(shard.read_bytes()[:-2] + b"??")
+    os.utime(shard, ns=(time, time))
+    with pytest.raises(DataError, match="content differs"):
+        prepare(prepared.folder)
+
+
+def test_damage_that_only_a_full_check_can_see_is_remembered(prepared, monkeypatch):
+    """As when the disk loses a byte, which changes no time."""
+    monkeypatch.setattr(corpus, "QUICK", 0)
+    differing = corpus._differing
+    with monkeypatch.context() as patched:
+        patched.setattr(corpus, "_differing", lambda *_: [])
+        shard = shard_of(prepared.folder)
+        shard.write_bytes(shard.read_bytes()[:-2] + b"??")
+        prepare(prepared.folder)
+    assert prepare(prepared.folder).hash and corpus._differing is differing
+    with pytest.raises(DataError, match="content differs"):
+        verify(prepared.folder)
+    with pytest.raises(DataError, match="content differs"):
+        prepare(prepared.folder)
 
 
 def test_what_was_just_written_is_not_read_again(two_domains, monkeypatch, tmp_path):

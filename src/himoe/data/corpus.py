@@ -143,12 +143,15 @@ def check_shards(
             continue
         if stat.st_size != shard["tokens"] * width:
             bad.append(f"{shard['file']} ({stat.st_size} bytes, expected {shard['tokens'] * width})")
-        times.update(repr((shard["file"], shard["sha256"], stat.st_size, stat.st_mtime_ns)).encode())
+        state = shard["file"], shard["sha256"], stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+        times.update(repr(state).encode())
         total += stat.st_size
     known = total > QUICK and _remembered(folder) == times.hexdigest()
     if not bad and (hashes == "all" or (hashes == "unless known" and not known)):
         bad = _differing(folder, shards, total, report)
     if bad:
+        with contextlib.suppress(OSError, DataError):
+            _memory(folder).unlink(missing_ok=True)
         more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
         raise DataError(f"{folder}: damaged: {', '.join(bad[:NAMED])}{more}; prepare the data again")
     if total > QUICK and not known:
