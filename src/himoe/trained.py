@@ -15,8 +15,8 @@ from himoe.build import build_model
 from himoe.config import Config
 from himoe.data import Corpus, Tokenizer, load_tokenizer, prepare
 from himoe.data.corpus import is_prepared
-from himoe.data.preparation import find_source
-from himoe.data.progress import preparing
+from himoe.data.preparation.prepare import find_source
+from himoe.data.preparation.progress import preparing
 from himoe.errors import ConfigError, DataError
 from himoe.functional.groups import Groups
 from himoe.models import DecoderLM

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from himoe.data import preparation
-from himoe.data.sources import read_source
+from himoe.data.preparation import prepare as preparation
+from himoe.data.text import read_source
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "grey", "élan", "猫"]
 

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from himoe.data import Corpus, Tokenizer, TokenStream, preparation
+from himoe.data import Corpus, Tokenizer, TokenStream
+from himoe.data.preparation import prepare as preparation
 
 
 def documents_of(stream: TokenStream, tokenizer: Tokenizer) -> list[str]:

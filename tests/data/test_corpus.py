@@ -4,7 +4,8 @@ import os
 import pytest
 from corpus_case import all_documents, contents
 
-from himoe.data import BPETokenizer, corpus, preparation, prepare, verify
+from himoe.data import BPETokenizer, corpus, prepare, verify
+from himoe.data.preparation import prepare as preparation
 from himoe.errors import ConfigError, DataError
 
 

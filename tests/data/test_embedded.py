@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from himoe.data import Corpus, TokenStream, prepare
-from himoe.data.embedded import BREAK, HELD_OUT, SHORTEST, docstrings, documents, embedded_source
+from himoe.data.text.embedded import BREAK, HELD_OUT, SHORTEST, docstrings, documents, embedded_source
 from himoe.errors import DataError
 
 
@@ -71,14 +71,14 @@ def test_it_is_the_same_each_time_and_opened_at_once_the_second(corpus, monkeypa
     def refuse(_files):
         raise AssertionError("read anew")
 
-    monkeypatch.setattr("himoe.data.embedded._read", refuse)
+    monkeypatch.setattr("himoe.data.text.embedded._read", refuse)
     again = prepare(tokenizer="byte", cache=corpus.folder.parents[1])
     assert again.hash == corpus.hash
 
 
 def test_its_files_are_found_without_importing_them():
     program = (
-        "import sys; from himoe.data.embedded import embedded_source; embedded_source(); print('torch' in sys.modules)"
+        "import sys; from himoe.data.text import embedded_source; embedded_source(); print('torch' in sys.modules)"
     )
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "False"
 
@@ -94,7 +94,7 @@ def test_a_python_without_tests_of_its_own_takes_those_of_packages(tmp_path, mon
 
 def test_a_python_without_source_files_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    monkeypatch.setattr("himoe.data.embedded.CODE_PACKAGES", ("no_such_package",))
+    monkeypatch.setattr("himoe.data.text.embedded.CODE_PACKAGES", ("no_such_package",))
     with pytest.raises(DataError, match=r"the embedded corpus lacks text for 'code'.*--data PATH"):
         embedded_source()
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from himoe.data.columns import Columns
-from himoe.data.formats import chunks, read_json_lines
-from himoe.data.sources import Source, read_source
+from himoe.data.text import Source, read_source
+from himoe.data.text.columns import Columns
+from himoe.data.text.formats import chunks, read_json_lines
 from himoe.errors import DataError, MissingExtraError
 
 zstandard = pytest.importorskip("zstandard")
@@ -157,7 +157,7 @@ def test_a_line_too_long_is_refused_without_reading_on(tmp_path, monkeypatch):
             read["bytes"] += len(chunk)
             yield chunk
 
-    monkeypatch.setattr("himoe.data.formats.chunks", counted)
+    monkeypatch.setattr("himoe.data.text.formats.chunks", counted)
     with pytest.raises(DataError, match=r"a\.jsonl: line 2: more than 50,000 bytes; a line is one document: divide it"):
         list(read_json_lines(file, "a", columns=Columns(), longest=50_000))
     assert read["bytes"] < 100_000

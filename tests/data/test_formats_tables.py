@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from himoe.data.sources import Source, read_source
+from himoe.data.text import Source, read_source
 from himoe.errors import DataError, MissingExtraError
 
 pyarrow = pytest.importorskip("pyarrow")

@@ -4,8 +4,10 @@ from pathlib import Path
 import pytest
 from corpus_case import all_documents, contents, documents_of, source_documents
 
-from himoe.data import BPETokenizer, cache_folder, choice, preparation, prepare, writing
-from himoe.data.split import digest
+from himoe.data import BPETokenizer, cache_folder, prepare
+from himoe.data.preparation import choice, writing
+from himoe.data.preparation import prepare as preparation
+from himoe.data.preparation.split import digest
 from himoe.errors import ConfigError, DataError
 
 

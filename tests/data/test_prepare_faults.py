@@ -10,9 +10,11 @@ import time
 import pytest
 from corpus_case import all_documents, contents, source_documents
 
-from himoe.data import BPETokenizer, choice, preparation, prepare, writing
-from himoe.data.scan import scan_unit
-from himoe.data.sources import read_source
+from himoe.data import BPETokenizer, prepare
+from himoe.data.preparation import choice, writing
+from himoe.data.preparation import prepare as preparation
+from himoe.data.preparation.scan import scan_unit
+from himoe.data.text import read_source
 from himoe.errors import DataError, HimoeWarning
 
 
@@ -97,7 +99,7 @@ def test_text_that_changes_under_way_is_noticed_and_read_anew(two_domains, monke
         (two_domains / "verse" / "3.txt").write_text("all new" * 300, encoding="utf-8")
         return found
 
-    monkeypatch.setattr("himoe.data.scan.scan_unit", change_after)
+    monkeypatch.setattr("himoe.data.preparation.scan.scan_unit", change_after)
     with pytest.raises(DataError, match="changed while the text was being prepared; run the same command again"):
         prepare(two_domains, tokenizer="byte", held_out=0.2)
     monkeypatch.undo()

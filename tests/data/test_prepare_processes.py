@@ -12,17 +12,18 @@ from pathlib import Path
 import pytest
 from corpus_case import contents
 
-from himoe.data import preparation, prepare
-from himoe.data.bench import family
-from himoe.data.pool import Pool
-from himoe.data.sources import read_source
+from himoe.data import prepare
+from himoe.data.preparation import prepare as preparation
+from himoe.data.preparation.bench import family
+from himoe.data.preparation.pool import Pool
+from himoe.data.text import read_source
 from himoe.errors import DataError
 
 # A preparation in small units by two processes; each reports its stages on stdout.
 SCRIPT = """
 import functools, sys
-from himoe.data import preparation
-from himoe.data.sources import read_source
+from himoe.data.preparation import prepare as preparation
+from himoe.data.text import read_source
 preparation.read_source = functools.partial(read_source, unit_size=20_000)
 def report(stage, done, total):
     print(stage, done, total, flush=True)
@@ -69,7 +70,7 @@ def look(_number, _advance):
 """
 UNGUARDED = """
 from look_at import look
-from himoe.data.pool import Pool
+from himoe.data.preparation.pool import Pool
 print("once")
 with Pool(2) as pool:
     print(*pool.run(look, [(1,), (2,)], None))

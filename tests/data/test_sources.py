@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from himoe.data.cutting import cut
-from himoe.data.sources import Source, read_source, read_sources
+from himoe.data.text import Source, read_source, read_sources
+from himoe.data.text.cutting import cut
 from himoe.errors import DataError
 
 

@@ -3,7 +3,7 @@ import random
 import numpy as np
 import pytest
 
-from himoe.data.split import DIGEST, HeldOut, Lowest, Split, digest
+from himoe.data.preparation.split import DIGEST, HeldOut, Lowest, Split, digest
 from himoe.errors import DataError
 
 DOCUMENTS = [f"document number {i}, with its own text" for i in range(2000)]

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from himoe.data.progress import format_bytes
+from himoe.data.preparation.progress import format_bytes
 
 SAMPLE_LINES = 4  # of each sample
 

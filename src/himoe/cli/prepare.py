@@ -67,10 +67,10 @@ class Prepare(Verb):
     def run(self, command: list[str]) -> int:  # noqa: ARG002
         """Prepare, or find what was prepared, and print what it holds."""
         from himoe.cli.corpus_tables import print_corpus, print_plan
+        from himoe.data import prepare
         from himoe.data.corpus import is_prepared, open_corpus, verify
         from himoe.data.inspection import inspect_corpus
-        from himoe.data.preparation import prepare
-        from himoe.data.progress import preparing
+        from himoe.data.preparation.progress import preparing
 
         data = self._settings()
         console = Console(stderr=self.as_json)
@@ -145,7 +145,7 @@ def _tokens(data: DataConfig) -> dict[str, Any]:
 def _plan(data: DataConfig, out: Path | None) -> dict[str, Any]:
     """Return what would be read and where it would go."""
     from himoe.data.corpus import is_prepared
-    from himoe.data.preparation import find_prepared, find_source
+    from himoe.data.preparation.prepare import find_prepared, find_source
 
     if data.path and is_prepared(Path(data.path)):
         return {"text": data.path, "prepared": data.path}

@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from himoe.data.scan import Progress
+from himoe.data.preparation.scan import Progress
+from himoe.data.preparation.writing import CORPUS, FORMAT, PLAN, SIDES, TOKENIZER, description_hash, drop_leftovers
 from himoe.data.shards import TokenFile, TokenStream
 from himoe.data.tokenizer import Tokenizer, load_tokenizer
-from himoe.data.writing import CORPUS, FORMAT, PLAN, SIDES, TOKENIZER, description_hash, drop_leftovers
 from himoe.errors import DataError
 from himoe.files import write_text
 

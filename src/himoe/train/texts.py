@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from himoe.data import Tokenizer, TokenStream
-from himoe.data.sources import Source
+from himoe.data.text import Source
 
 Piece = tuple[str, np.ndarray, int]
 """The next tokens of a domain, each document followed by its end, and how many UTF-8 bytes of text came with them."""

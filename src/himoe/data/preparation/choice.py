@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from himoe.data.pool import Advance, Pool
-from himoe.data.scan import Documents, Progress, Scan, scanned_documents
-from himoe.data.sources import Source, Unit
-from himoe.data.split import HeldOut, Lowest, Split, digest
+from himoe.data.preparation.pool import Advance, Pool
+from himoe.data.preparation.scan import Documents, Progress, Scan, scanned_documents
+from himoe.data.preparation.split import HeldOut, Lowest, Split, digest
+from himoe.data.text import Source, Unit
 from himoe.errors import DataError
 
 BPE_SAMPLE = 16 * 2**20  # bytes of training text that the merges are learned from

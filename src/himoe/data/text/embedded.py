@@ -20,9 +20,9 @@ from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from himoe.data.cutting import cut
-from himoe.data.sources import Source, Unit
-from himoe.data.split import digest
+from himoe.data.preparation.split import digest
+from himoe.data.text.cutting import cut
+from himoe.data.text.sources import Source, Unit
 from himoe.errors import DataError
 
 RULES = 1  # raise when what is read or how it is cut changes

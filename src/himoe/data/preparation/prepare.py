@@ -17,12 +17,11 @@ from pathlib import Path
 import tokenizers
 
 from himoe.data.corpus import Corpus, cache_folder, describe, is_prepared, is_unfinished, open_corpus
-from himoe.data.embedded import embedded_source
-from himoe.data.pool import Pool, available_cores
-from himoe.data.scan import Progress, Scan, TextChangedError, known_scan, scan_folder, scan_source
-from himoe.data.sources import Source, read_source, read_sources
+from himoe.data.preparation.pool import Pool, available_cores
+from himoe.data.preparation.scan import Progress, Scan, TextChangedError, known_scan, scan_folder, scan_source
+from himoe.data.preparation.writing import PLAN, Settings, build, clear, corpus_key
+from himoe.data.text import Source, embedded_source, read_source, read_sources
 from himoe.data.tokenizer import Tokenizer, load_tokenizer
-from himoe.data.writing import PLAN, Settings, build, clear, corpus_key
 from himoe.errors import ConfigError, DataError, HimoeWarning
 
 try:

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from himoe.data.columns import Columns, UnusableError
-from himoe.data.formats import CHUNK, Documents
+from himoe.data.text.columns import Columns, UnusableError
+from himoe.data.text.formats import CHUNK, Documents
 from himoe.errors import DataError, MissingExtraError
 
 ROWS = 128  # turned into Python strings at a time

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from himoe.data.choice import Kept, split, training_sample
-from himoe.data.pool import Advance, Pool
-from himoe.data.scan import Progress, Scan, first_of_equal, read_unit, scanned_documents
+from himoe.data.preparation.choice import Kept, split, training_sample
+from himoe.data.preparation.pool import Advance, Pool
+from himoe.data.preparation.scan import Progress, Scan, first_of_equal, read_unit, scanned_documents
+from himoe.data.preparation.split import Split
 from himoe.data.shards import ShardWriter, token_type
-from himoe.data.sources import Source, Unit
-from himoe.data.split import Split
+from himoe.data.text import Source, Unit
 from himoe.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 from himoe.files import sync_folder, write_json, write_text
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from himoe.data.pool import Advance, Pool
-from himoe.data.sources import Source, Unit
-from himoe.data.split import DIGEST, digest
+from himoe.data.preparation.pool import Advance, Pool
+from himoe.data.preparation.split import DIGEST, digest
+from himoe.data.text import Source, Unit
 from himoe.errors import DataError
 from himoe.files import replacing, write_json
 

@@ -10,8 +10,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from himoe.data.columns import Columns, UnusableError
-from himoe.data.cutting import document_start, lone_pieces, pieces
+from himoe.data.text.columns import Columns, UnusableError
+from himoe.data.text.cutting import document_start, lone_pieces, pieces
 from himoe.errors import DataError, MissingExtraError
 
 CHUNK = 2**20  # bytes read at a time

@@ -94,7 +94,7 @@ class _Worker:
     def __init__(self) -> None:
         path = os.pathsep.join(entry or str(os.curdir) for entry in sys.path)
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "himoe.data.worker"],
+            [sys.executable, "-P", "-m", "himoe.data.preparation.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **ONE_THREAD, "PYTHONPATH": path},

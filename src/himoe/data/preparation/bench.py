@@ -1,6 +1,6 @@
 """How fast text is prepared, against the `tokenizers` library encoding the same documents, and with how much memory.
 
-    python -m himoe.data.bench PATH [--rounds 3] [--workers N] [--sample 16] [--vocab-size 4096]
+    python -m himoe.data.preparation.bench PATH [--rounds 3] [--workers N] [--sample 16] [--vocab-size 4096]
 
 Learns a BPE from the text, then in every round lets the library encode a sample of the documents as one batch, on all
 its threads, and prepares the whole of PATH with the same tokenizer into a folder that is deleted again. Rates are MB of
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from himoe.data.preparation import find_source
+from himoe.data.preparation.prepare import find_source
 from himoe.data.tokenizer import BPETokenizer
 
 PREPARE = """
@@ -32,7 +32,9 @@ prepare(path, tokenizer=tokenizer, out=out, workers=int(workers) or None)
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(prog="python -m himoe.data.bench", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m himoe.data.preparation.bench", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("path", type=Path, help="text to prepare")
     parser.add_argument("--rounds", type=int, default=3, help="how often (default 3; medians are printed)")
     parser.add_argument("--workers", type=int, default=0, help="processes (default: one per core)")

@@ -16,7 +16,7 @@ import json
 import re
 from pathlib import Path
 
-from himoe.data.formats import form
+from himoe.data.text.formats import form
 from himoe.errors import DataError
 
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")

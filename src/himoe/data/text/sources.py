@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from himoe.data.columns import Columns
-from himoe.data.folders import domains
-from himoe.data.formats import fault, form, read_json_lines, read_text
-from himoe.data.tables import read_table, table_ranges
+from himoe.data.text.columns import Columns
+from himoe.data.text.folders import domains
+from himoe.data.text.formats import fault, form, read_json_lines, read_text
+from himoe.data.text.tables import read_table, table_ranges
 from himoe.errors import DataError
 
 UNIT = 32 * 2**20  # bytes of source that one process prepares at a time
