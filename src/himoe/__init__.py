@@ -37,7 +37,9 @@ _HOME = {
     "RouterContext": "himoe.types",
     "Groups": "himoe.functional.groups",
     "DecoderLM": "himoe.models",
+    "generate": "himoe.models",
     "parameter_counts": "himoe.models",
+    "load_run": "himoe.trained",
     "HimoeError": "himoe.errors",
     "HimoeWarning": "himoe.errors",
 }
@@ -57,7 +59,7 @@ if TYPE_CHECKING:
     )
     from himoe.errors import HimoeError, HimoeWarning
     from himoe.functional.groups import Groups
-    from himoe.models import DecoderLM, parameter_counts
+    from himoe.models import DecoderLM, generate, parameter_counts
     from himoe.nn import (
         Capacity,
         Dropless,
@@ -74,6 +76,7 @@ if TYPE_CHECKING:
         observe,
         step,
     )
+    from himoe.trained import load_run
     from himoe.types import RouterContext, Routing
 
 __all__ = [
@@ -105,6 +108,8 @@ __all__ = [
     "__version__",
     "aux_losses",
     "collect_routings",
+    "generate",
+    "load_run",
     "moe_layers",
     "observe",
     "parameter_counts",
