@@ -85,7 +85,10 @@ def test_version(capsys):
     [
         (["trian"], "; did you mean 'train'?"),
         (["train", "--sett", "a=b"], "unknown option '--sett'; did you mean '--set'? (see himoe train --help)"),
-        (["train", "--lr", "1"], "unknown option '--lr' (see himoe train --help)"),
+        (["train", "--lr", "1"], "unknown option '--lr'; did you mean --set train.learning_rate=1? (see himoe train"),
+        (["train", "--max-grad-norm=1"], "unknown option '--max-grad-norm=1'; did you mean --set train.grad_clip=1?"),
+        (["train", "--train.lr", "1"], "train.lr = 1: unknown key; did you mean 'train.learning_rate'?"),
+        (["train", "--zzz", "1"], "unknown option '--zzz' (see himoe train --help)"),
         (["train", "--seed", "x"], "--seed is 'x'; it must be a whole number (see himoe train --help)"),
         (["train", "--seed"], "--seed needs a value (see himoe train --help)"),
         (["prepare", "--held-out", "x"], "--held-out is 'x'; it must be a number (see himoe prepare --help)"),

@@ -3,6 +3,8 @@
 import pytest
 
 from himoe.config import Config, load_config
+from himoe.config.problems import OTHER_NAMES
+from himoe.config.schema import key_tree
 from himoe.errors import ConfigError
 
 SPELLED = ["moe.selector=top_k", "moe.num_groups=1"]
@@ -17,6 +19,12 @@ ONE_PROBLEM = [
     (["moe.dim=3"], "moe.dim = 3: unknown key; did you mean 'model.dim'?"),
     (["num_expert=3"], "num_expert = 3: unknown key; did you mean 'moe.num_experts'?"),
     (["qqq=3"], "qqq = 3: unknown key; known here: name, seed, data, model, moe, train"),
+    # as other projects call them
+    (["train.lr=3e-4"], "train.lr = 0.0003: unknown key; did you mean 'train.learning_rate'?"),
+    (["lr=3e-4"], "lr = 0.0003: unknown key; did you mean 'train.learning_rate'?"),
+    (["moe.hidden_size=64"], "moe.hidden_size = 64: unknown key; did you mean 'model.dim'?"),
+    (["moe.num_experts_per_tok=2"], "unknown key; did you mean 'moe.top_k'?"),
+    (["train.max_steps=5"], "unknown key; did you mean 'train.steps'?"),
     # names from the tables
     (["moe.preset=hi_mo"], "did you mean 'hi_moe'?"),
     (['moe.balancers=[{name="los_free"}]'], 'moe.balancers[0].name = "los_free": must be one of logit_correction'),
@@ -132,6 +140,14 @@ def test_one_problem_is_one_line(sets, text):
     message = refusal(sets)
     assert text in message
     assert "\n" not in message
+
+
+def test_names_of_other_projects_lead_to_keys_and_are_none():
+    keys = {section: set(names) for section, names in key_tree(Config).items()}
+    for theirs, ours in OTHER_NAMES.items():
+        section, _, key = ours.partition(".")
+        assert key in keys[section]
+        assert not any(theirs in names for names in keys.values())
 
 
 def test_all_problems_are_reported_together():

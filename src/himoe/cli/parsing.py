@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from himoe.config.problems import OTHER_NAMES
 from himoe.config.schema import Config, key_tree
 from himoe.errors import ConfigError, nearest
 
@@ -95,12 +96,16 @@ def _unexpected(verb: type[Verb], unknown: Sequence[str]) -> str:
 
 
 def _key_called(option_name: str) -> str | None:
-    """Return the one key of the configuration that an option is called like, `train.steps` for `--steps`."""
+    """Return the one key of the configuration that an option is called like, here or in another project.
+
+    >>> _key_called("--steps"), _key_called("--max-steps"), _key_called("--stpes")
+    ('train.steps', 'train.steps', None)
+    """
     words = option_name.lstrip("-").replace("-", "_")
     tree = key_tree(Config)
     keys = [f"{section}.{key}".lstrip(".") for section, names in tree.items() for key in names if key not in tree]
     found = [key for key in keys if words in (key, key.rpartition(".")[2])]
-    return found[0] if len(found) == 1 else None
+    return found[0] if len(found) == 1 else OTHER_NAMES.get(words)
 
 
 def _option_name(field: str, annotation: Any) -> str:

@@ -36,6 +36,42 @@ WORDS = {
     "value_error": "{error}",
 }
 
+# How other projects call what is a key here; for hints only, none of them is accepted.
+OTHER_NAMES = {
+    "hidden_size": "model.dim",
+    "d_model": "model.dim",
+    "n_embd": "model.dim",
+    "embed_dim": "model.dim",
+    "num_hidden_layers": "model.num_layers",
+    "n_layer": "model.num_layers",
+    "n_layers": "model.num_layers",
+    "num_attention_heads": "model.num_heads",
+    "n_head": "model.num_heads",
+    "n_heads": "model.num_heads",
+    "num_key_value_heads": "model.num_kv_heads",
+    "n_kv_heads": "model.num_kv_heads",
+    "intermediate_size": "model.ffn_dim",
+    "tie_word_embeddings": "model.tie_embeddings",
+    "n_routed_experts": "moe.num_experts",
+    "num_local_experts": "moe.num_experts",
+    "num_experts_per_tok": "moe.top_k",
+    "moe_intermediate_size": "moe.expert_dim",
+    "lr": "train.learning_rate",
+    "min_lr": "train.min_learning_rate_ratio",
+    "min_lr_ratio": "train.min_learning_rate_ratio",
+    "max_steps": "train.steps",
+    "max_iters": "train.steps",
+    "warmup_iters": "train.warmup_steps",
+    "gradient_accumulation_steps": "train.accumulate",
+    "grad_accum": "train.accumulate",
+    "block_size": "train.seq_len",
+    "max_seq_len": "train.seq_len",
+    "context_length": "train.seq_len",
+    "max_grad_norm": "train.grad_clip",
+    "clip_grad_norm": "train.grad_clip",
+    "grad_norm_clip": "train.grad_clip",
+}
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -82,12 +118,12 @@ def translate(error: ValidationError, keys: dict[str, list[str]]) -> list[Proble
 
 
 def unknown_key(location: tuple[int | str, ...], keys: dict[str, list[str]]) -> str:
-    """Say that a key is unknown, with the nearest known one of its section or of another."""
+    """Say that a key is unknown, with the key that is meant: here, in another section, or by another project."""
     *parents, last = map(str, location)
     siblings = keys.get(".".join(parents), [])
     elsewhere = {key: f"{section}.{key}" for section, names in keys.items() if section for key in names}
-    if last in elsewhere:
-        return f"unknown key; did you mean {elsewhere[last]!r}?"
+    if meant := elsewhere.get(last) or OTHER_NAMES.get(last):
+        return f"unknown key; did you mean {meant!r}?"
     hint = nearest(last, siblings) or nearest(last, elsewhere)
     return f"unknown key{hint or '; known here: ' + ', '.join(siblings)}"
 
