@@ -4,31 +4,17 @@ import warnings
 
 import pytest
 import torch
+from tiny_recipe import DIM, config, parts, router
 
 from himoe import GELUExperts, Groups, moe_layers
 from himoe.balance import LogitCorrection, LossFree, Switch, TwoLevelTerms, ZLoss
-from himoe.build import build_model, build_router
-from himoe.config import Config, load_config
+from himoe.build import build_model
+from himoe.config import load_config
 from himoe.config.schema import ModelConfig
 from himoe.errors import ConfigError, GuardError, HimoeWarning
 from himoe.functional import scores
 from himoe.models import DecoderLM
 from himoe.nn import GELUMLP, SwiGLU
-
-DIM = 16
-
-
-def config(**moe) -> Config:
-    """The tiny recipe, 8 experts in 4 groups, top 4, with other `moe` keys."""
-    return load_config("lm_tiny", overrides={"moe": moe})
-
-
-def router(**moe):
-    return build_router(config(**moe).moe, DIM)
-
-
-def parts(built, kind: type) -> list:
-    return [module for module in built.balancer.modules() if isinstance(module, kind)]
 
 
 def test_a_preset_takes_its_sizes_from_the_layer_and_its_options_from_the_configuration():

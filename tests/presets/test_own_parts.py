@@ -4,28 +4,13 @@ import sys
 
 import pytest
 import torch
+from tiny_recipe import DIM, config, parts, router
 
 from himoe import moe_layers
 from himoe.balance import Switch, ZLoss
-from himoe.build import build_model, build_router
-from himoe.config import Config, load_config
+from himoe.build import build_model
 from himoe.errors import ConfigError
 from himoe.functional import scores
-
-DIM = 16
-
-
-def config(**moe) -> Config:
-    """The tiny recipe, 8 experts in 4 groups, top 4, with other `moe` keys."""
-    return load_config("lm_tiny", overrides={"moe": moe})
-
-
-def router(**moe):
-    return build_router(config(**moe).moe, DIM)
-
-
-def parts(built, kind: type) -> list:
-    return [module for module in built.balancer.modules() if isinstance(module, kind)]
 
 
 def test_a_readers_own_class_and_function():

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from line_writer import Lines
 from tiny_training import TinyLM, make_trainer
 
 from himoe.nn import moe_layers
@@ -37,19 +38,6 @@ LAYER = {
     "concentration",
 }
 EVALUATION = {"loss": 2.0, "bits_per_byte": 1.5, "domains": {"code": {"loss": 2.0, "bits_per_byte": 1.5}}}
-
-
-class Lines:
-    """A writer that keeps what it is given."""
-
-    def __init__(self):
-        self.lines, self.closed = [], False
-
-    def log(self, line):
-        self.lines.append(line)
-
-    def close(self):
-        self.closed = True
 
 
 def test_the_lines_hold_what_the_run_folder_page_says(tmp_path):

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from line_writer import Lines
 
 from himoe.errors import HimoeWarning, MissingExtraError
 from himoe.run_folder import clear_run_folder
@@ -35,17 +36,6 @@ class Broken:
 
     def close(self):
         raise AssertionError("a writer that failed is not called again")
-
-
-class Lines:
-    def __init__(self):
-        self.lines, self.closed = [], False
-
-    def log(self, line):
-        self.lines.append(line)
-
-    def close(self):
-        self.closed = True
 
 
 def test_numbers_get_names_for_charts():

@@ -28,7 +28,6 @@ SUMMARY = "scan.json"
 MAX_DOMAINS = 1000
 SETTLED = 2 * 10**9  # ns after which a change shows in a file's time: the coarsest file systems count 2 s
 COMPARED = 2 * 2**20  # documents compared with each other at a time
-REPORTED = 4 * 2**20  # bytes between two reports
 CHANGED = "changed while the text was being prepared; run the same command again"
 
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all (0: not known)
@@ -105,11 +104,10 @@ def scan_source(source: Source, folder: Path, pool: Pool, report: Progress) -> S
     return _summary(folder, len(units))
 
 
-def scan_unit(folder: Path, index: int, unit: Unit, advance: Advance) -> int:
+def scan_unit(folder: Path, index: int, unit: Unit, _advance: Advance) -> int:
     """Write what is known of a unit's documents, and return its index."""
     digests, sizes, places = bytearray(), array("q"), array("H")
     names: dict[str, int] = {}
-    unreported = 0
     for domain, text in unit.documents():
         content = text.encode()
         digests += digest(content)
@@ -117,9 +115,6 @@ def scan_unit(folder: Path, index: int, unit: Unit, advance: Advance) -> int:
         places.append(names.setdefault(domain, len(names)))
         if len(names) > MAX_DOMAINS:
             raise _too_many_domains(list(names))
-        if (unreported := unreported + len(content)) >= REPORTED:
-            advance(unreported)
-            unreported = 0
     with replacing(_unit_file(folder, index)) as file:
         np.savez(
             file,
