@@ -76,7 +76,8 @@ def test_work_that_was_interrupted_is_not_done_again(two_domains, small_units, t
     assert contents(again.folder) == contents(whole.folder)
 
 
-def test_what_a_killed_process_left_is_done_again_or_cleared_away(two_domains, small_units, tmp_path):
+@pytest.mark.parametrize("damaged", [lambda content: content[:-2], lambda content: b"\0" * len(content)])
+def test_what_a_killed_process_left_is_done_again_or_cleared_away(two_domains, small_units, tmp_path, damaged):
     def interrupt(stage, done, total):
         if stage == "writing tokens" and done > total / 2:
             raise KeyboardInterrupt
@@ -85,8 +86,10 @@ def test_what_a_killed_process_left_is_done_again_or_cleared_away(two_domains, s
     with pytest.raises(KeyboardInterrupt):
         prepare(two_domains, **made, progress=interrupt)
     cut = next((tmp_path / "out").glob("*.tokens"))
-    cut.write_bytes(cut.read_bytes()[:-2])  # as a power cut may leave it
-    (tmp_path / "out" / "train-000-000003.tokens.12345.tmp").write_bytes(b"half of it")
+    cut.write_bytes(damaged(cut.read_bytes()))  # as a power cut may leave it
+    for process in (12345, os.getpid()):  # in a container numbers come again
+        for place in (0, 3, 6):
+            (tmp_path / "out" / f"train-000-{place:06}.tokens.{process}.tmp").write_bytes(b"half of it")
     (tmp_path / "out" / "units" / "000000.json").write_text("{", encoding="utf-8")
     prepare(two_domains, **made)
     whole = prepare(two_domains, **made | {"out": tmp_path / "undisturbed"})

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import itertools
 import os
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,10 +128,12 @@ class ShardWriter:
         for name in self._shards:
             partial_name(self._folder / name).unlink(missing_ok=True)
 
-    def add(self, name: str, ids: Sequence[int] | np.ndarray, *, num_bytes: int, num_documents: int) -> None:
+    def add(self, name: str, ids: list[int] | np.ndarray, *, num_bytes: int, num_documents: int) -> None:
         """Append tokens to the shard `name`, and to its counts the text bytes and documents that they bring."""
         shard = self._shards.setdefault(name, _Growing())
-        content = np.asarray(ids, dtype=self._dtype).tobytes()
+        if isinstance(ids, list):
+            ids = np.frombuffer(array("I", ids), np.uintc)  # numpy's own conversion takes three times as long
+        content = ids.astype(self._dtype).tobytes()
         shard.buffer.append(content)
         shard.digest.update(content)
         shard.num_tokens += len(ids)

@@ -47,7 +47,7 @@ class Tokenizer(ABC):
         """What every id stands for, nothing for `end_of_document` and for ids that the vocabulary leaves out."""
 
     @abstractmethod
-    def encode_batch(self, texts: Sequence[str]) -> Sequence[Sequence[int] | np.ndarray]:
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[list[int] | np.ndarray]:
         """Return the token ids of every text."""
 
     @abstractmethod

@@ -24,6 +24,7 @@ from himoe.data.preparation.prepare import find_source
 from himoe.data.tokenizer import BPETokenizer
 
 CALLS = ("encode_batch", "encode_batch_fast")  # the second leaves out where in the text each token stands
+WATCHED = 1.0  # seconds between two looks at memory, each of which reads all of /proc
 PREPARE = """
 import sys
 from himoe.data import prepare
@@ -93,7 +94,7 @@ def prepare_in_process(path: Path, tokenizer: Path, out: Path, workers: int) -> 
         nonlocal peak
         while child.poll() is None:
             peak = max(peak, sum(map(_resident, family(child.pid))))
-            time.sleep(0.02)
+            time.sleep(WATCHED)
 
     watcher = threading.Thread(target=watch)
     watcher.start()

@@ -95,6 +95,7 @@ def _start(folder: Path, plan: dict[str, Any]) -> None:
     if not same:
         clear(folder)
         write_json(folder / PLAN, plan)
+    drop_partial_files(folder)
     (folder / "units").mkdir(exist_ok=True)
 
 
@@ -116,15 +117,19 @@ def _make_tokenizer(
 
 
 def _write_units(plan: Plan, source: Source, scan: Scan, kept: Kept, pool: Pool, report: Progress) -> None:
-    """Write the shards of all units that have none yet."""
-    missing = [index for index in range(len(scan.counts)) if not _is_done(plan.folder, index)]
-    done = scan.num_bytes - sum(int(scan.unit(index).sizes.sum()) for index in missing)
+    """Write the shards of all units that have none yet; those that an interrupted run left are checked first."""
+    done, stage = 0, "checking what is there"
 
     def advance(size: int) -> None:
         nonlocal done
         done += size
-        report("writing tokens", done, scan.num_bytes)
+        report(stage, done, scan.num_bytes)
 
+    units = range(len(scan.counts))
+    left = [(plan.folder, index) for index in units if (plan.folder / _record(index)).exists()]
+    whole = {index for index in pool.run(check_unit, left, advance) if index is not None}
+    missing = [index for index in units if index not in whole]
+    done, stage = scan.num_bytes - sum(int(scan.unit(index).sizes.sum()) for index in missing), "writing tokens"
     advance(0)
     tasks = ((plan, index, source.units[index], scan.folder, kept[index]) for index in missing)
     for _ in pool.run(write_unit, tasks, advance):
@@ -213,12 +218,18 @@ def _record(index: int) -> str:
     return f"units/{index:06}.json"
 
 
-def _is_done(folder: Path, index: int) -> bool:
+def check_unit(folder: Path, index: int, advance: Advance) -> int | None:
+    """Return the index of a unit whose shards are what its record says, else None."""
     try:
         shards = json.loads((folder / _record(index)).read_text(encoding="utf-8"))["shards"]
-        return all((folder / shard["file"]).stat().st_size == shard["size"] for shard in shards)
+        for shard in shards:
+            with (folder / shard["file"]).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
+                    return None
+            advance(shard["bytes"])
     except (OSError, ValueError, KeyError):
-        return False
+        return None
+    return index
 
 
 def _finish(plan: Plan, source: Source, settings: Settings, scan: Scan) -> None:
@@ -258,9 +269,14 @@ def _finish(plan: Plan, source: Source, settings: Settings, scan: Scan) -> None:
 def drop_leftovers(folder: Path) -> None:
     """Delete what a finished folder no longer needs."""
     shutil.rmtree(folder / "units", ignore_errors=True)
-    for partial in folder.glob("*.tmp"):  # of killed processes
-        partial.unlink(missing_ok=True)
+    drop_partial_files(folder)
     (folder / PLAN).unlink(missing_ok=True)
+
+
+def drop_partial_files(folder: Path) -> None:
+    """Delete what killed processes were writing: another process may get the number that is in the name."""
+    for partial in folder.glob("*.tmp"):
+        partial.unlink(missing_ok=True)
 
 
 def description_hash(description: dict[str, Any]) -> str:
