@@ -1,3 +1,4 @@
+import json
 import random
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from himoe.data.preparation import choice, writing
 from himoe.data.preparation import prepare as preparation
 from himoe.data.preparation.split import digest
 from himoe.errors import ConfigError, DataError
+
+SITES = {"a": [0, 1, 2, 3, 4, 5, 6, 7, 8], "b": [4, 20, 21, 22, 23, 24, 6, 0, 8]}  # documents by number
 
 
 @pytest.fixture
@@ -165,6 +168,28 @@ def test_a_document_in_two_domains_stays_in_the_first(tmp_path, text):
     assert counts == {"a": 8, "b": 4}
 
 
+def test_of_equal_documents_the_same_one_is_kept_however_domains_interleave(tmp_path, text, small_units):
+    """Such corpora have one key, and the cache holds one of them."""
+    rows = {site: [{"text": text(900, seed=i), "site": site} for i in numbers] for site, numbers in SITES.items()}
+    one_by_one = [row for pair in zip(rows["a"], rows["b"], strict=True) for row in pair]
+    made = []
+    for name, order in (("apart", rows["a"] + rows["b"]), ("mixed", one_by_one)):
+        (tmp_path / name).mkdir()
+        file = tmp_path / name / "all.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in order), encoding="utf-8")
+        options = {"tokenizer": "byte", "held_out": 0.3, "domain_column": "site", "cache": tmp_path / name / "cache"}
+        made.append(prepare(file, deduplicate=True, **options))
+    apart, mixed = made
+    assert mixed.hash == apart.hash
+    for side in ("train", "held_out"):
+        found = [
+            {site: documents_of(stream, one.tokenizer) for site, stream in getattr(one, side).items()} for one in made
+        ]
+        assert found[0] == found[1]
+    counts = {site: apart.train[site].num_documents + apart.held_out[site].num_documents for site in "ab"}
+    assert counts == {"a": 9, "b": 5}
+
+
 def test_no_document_is_on_both_sides_even_of_different_domains(tmp_path, text):
     shared = [text(900, seed=i) for i in range(12)]
     for name, documents in (("large", shared), ("small", shared[4:7]), ("tiny", shared[10:])):
@@ -225,6 +250,15 @@ def test_text_too_short_to_split_names_the_domain(tmp_path):
         (tmp_path / f"{name}.txt").write_text("Rose is a rose.\n", encoding="utf-8")
     with pytest.raises(DataError, match=r", domain poem: too short to hold a part out, it has one document only; give"):
         prepare(tmp_path)
+
+
+def test_a_table_without_rows_is_refused(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = pyarrow.table({"text": pyarrow.array([], pyarrow.string())})
+    parquet.ParquetWriter(tmp_path / "none.parquet", rows.schema).close()
+    for deduplicate in (False, True):
+        with pytest.raises(DataError, match=r"none\.parquet: every document in it is blank; give text"):
+            prepare(tmp_path / "none.parquet", deduplicate=deduplicate)
 
 
 def test_a_column_of_far_too_many_domains_is_refused(tmp_path):

@@ -12,6 +12,7 @@ import zipfile
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -150,23 +151,26 @@ def scanned_documents(folder: Path, index: int, unit: Unit) -> Iterator[tuple[st
 def first_of_equal(scan: Scan) -> list[np.ndarray]:
     """Return for every unit which documents are the first of their content in the whole source, `(n,)` bool.
 
-    Documents are compared in as many portions, by digest, as memory asks for.
+    The first is the one of the first domain, and in it the first: of which documents these are, the fingerprint tells,
+    while how domains lie between each other it does not. Documents are compared in as many portions, by digest, as
+    memory asks for.
     """
-    starts = np.concatenate([[0], np.cumsum(scan.counts)])
+    starts = np.cumsum([0, *scan.counts])
     kept = np.zeros(starts[-1], dtype=bool)
     portions = -(-len(kept) // COMPARED)
     for portion in range(portions):
-        halves, places = [], []
+        halves, domains, places = [], [], []
         for start, documents in zip(starts, scan.units(), strict=False):
             pair = np.frombuffer(documents.digests.tobytes(), np.uint64).reshape(-1, 2)
             mine = np.flatnonzero(pair[:, 0] % np.uint64(portions) == portion)
             halves.append(pair[mine])
+            domains.append(documents.domains[mine])
             places.append(start + mine)
         pairs, where = np.concatenate(halves), np.concatenate(places)
-        order = np.lexsort((pairs[:, 1], pairs[:, 0]))  # stable: of equal ones the first in the source comes first
+        order = np.lexsort((np.concatenate(domains), pairs[:, 1], pairs[:, 0]))  # stable: within a domain as they stand
         new = np.append(True, (pairs[order[1:]] != pairs[order[:-1]]).any(1))[: len(order)]
         kept[where[order[new]]] = True
-    return np.split(kept, starts[1:-1])
+    return [kept[start:stop] for start, stop in pairwise(starts)]
 
 
 def _summary(folder: Path, num_units: int) -> Scan:
