@@ -136,6 +136,17 @@ def test_a_change_whose_time_was_set_back_is_noticed(two_domains, cache):
     assert prepare(two_domains, tokenizer="byte", held_out=0.2).hash != first.hash
 
 
+@pytest.mark.parametrize("left", [b"", b"PK\x03\x04 half of it"])
+def test_a_scan_that_a_power_cut_left_empty_is_made_again(two_domains, cache, left):
+    first = prepare(two_domains, tokenizer="byte", held_out=0.2)
+    (unit,) = (cache / "scans").rglob("*.npz")
+    unit.write_bytes(left)
+    (unit.parent / "scan.json").unlink()
+    assert prepare(two_domains, tokenizer="byte", held_out=0.2).hash == first.hash
+    unit.write_bytes(left)
+    assert prepare(two_domains, tokenizer="byte", held_out=0.3).hash != first.hash
+
+
 def test_a_folder_made_again_uses_its_own_tokenizer(two_domains, tmp_path):
     for size in (300, 400):
         corpus = prepare(two_domains, vocab_size=size, held_out=0.2, out=tmp_path / "out")

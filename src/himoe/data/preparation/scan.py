@@ -81,7 +81,7 @@ def scan_folder(source: Source, cache: Path) -> Path | None:
 
 
 def known_scan(folder: Path | None) -> Scan | None:
-    """Return a finished scan; its `units` may be gone, `complete` says so."""
+    """Return a finished scan, None where there is none; what it knows of its units may be gone or damaged."""
     try:
         if folder is None:
             return None
@@ -202,7 +202,7 @@ def _summary(folder: Path, num_units: int) -> Scan:
 def _is_whole(folder: Path, index: int) -> bool:
     try:
         read_unit(folder, index)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return False
     return True
 
