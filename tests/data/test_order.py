@@ -231,6 +231,8 @@ def test_a_weight_of_nothing_leaves_a_domain_out_however_short_it_is():
         ({"code": 0.5, "web": 0.5}, "no share for prose; give every domain one, 0 leaves a domain out"),
         ({"code": -0.5, "prose": 1, "web": 0.5}, "data.weights.code = -0.5: a share must be ≥ 0"),
         ({"code": 1 - 1e-6, "prose": 1e-6, "web": 0}, "data.weights.prose: 1e-06 is less than the smallest share"),
+        ({"code": 1, "prose": 1e-10, "web": 0}, "data.weights.prose: 1e-10 is less than the smallest share"),
+        ({"code": 0.5, "prose": 0.5, "web": 1e-300}, "data.weights.web: 1e-300 is less than the smallest share"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(weights, text):

@@ -76,7 +76,7 @@ def _whole_counts(shares: np.ndarray, names: list[str]) -> list[int]:
     shares = shares / shares.sum()
     for period in range(1, LONGEST_PERIOD + 1):
         counts = np.rint(shares * period)
-        if np.abs(shares * period - counts).max() <= 1e-9:
+        if counts.all() and np.abs(shares * period - counts).max() <= 1e-9:
             return counts.astype(int).tolist()
     counts = np.floor(shares * LONGEST_PERIOD)
     largest_remainders = np.argsort(counts - shares * LONGEST_PERIOD, kind="stable")
