@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -20,7 +20,6 @@ import numpy as np
 from himoe.files import partial_name
 
 OPEN_FILES = 128  # shards mapped at a time, over all streams: each holds a file descriptor
-CHUNK = 2**20  # tokens read at a time by what goes over a whole stream
 BUFFER = 8 * 2**20  # bytes of tokens gathered, over all shards of a writer, before they go to disk
 
 
@@ -82,11 +81,6 @@ class TokenStream:
             start = self._ends[i]
             i += 1
         return found[0] if len(found) == 1 else np.concatenate([np.empty(0, self.dtype), *found])
-
-    def chunks(self, size: int = CHUNK) -> Iterator[np.ndarray]:
-        """Yield the whole stream in order, `size` tokens at a time."""
-        for start in range(0, self.num_tokens, size):
-            yield self[start : start + size]
 
 
 @functools.lru_cache(maxsize=OPEN_FILES)
