@@ -197,6 +197,36 @@ def test_a_hub_folder_may_have_its_files_beside_the_card_or_no_splits(tmp_path):
     assert documents(read_source(tmp_path / "b")) == [("b", "one"), ("b", "two")]
 
 
+@pytest.mark.parametrize("name", ["train", "training", "train-timetables", "train2"])
+def test_a_folder_of_tables_of_which_one_is_named_like_a_split_is_an_ordinary_one(tmp_path, name):
+    for place in (tmp_path / "flat", tmp_path / "deeper" / "data"):
+        place.mkdir(parents=True)
+        for stem in ("code", name, "test"):
+            (place / f"{stem}.jsonl").write_text(json.dumps({"text": stem}))
+    assert documents(read_source(tmp_path / "flat")) == [(stem, stem) for stem in sorted(["code", name, "test"])]
+    assert sorted(documents(read_source(tmp_path / "deeper"))) == [("data", "code"), ("data", "test"), ("data", name)]
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["test-00000-of-00002", "valid", "validation_matched", "val", "dev2", "eval.clean", "held_out", "test/0000"],
+)
+def test_the_usual_names_of_splits_are_known(tmp_path, other):
+    flat = [] if "/" in other else [tmp_path / "flat"]
+    for folder in [*flat, tmp_path / "deeper" / "data"]:
+        for name in ("train-00000-of-00002", "train-00001-of-00002", other):
+            write(folder / f"{name}.parquet", table(text=[name]))
+    for folder in [*flat, tmp_path / "deeper"]:
+        found = documents(read_source(folder))
+        assert found == [(folder.name, f"train-0000{i}-of-00002") for i in range(2)]
+
+
+def test_tables_beside_a_folder_called_data_are_not_all_there_is(tmp_path):
+    for name in ("train.parquet", "data/more.parquet"):
+        write(tmp_path / name, table(text=[name]))
+    assert documents(read_source(tmp_path)) == [("data", "data/more.parquet"), ("train", "train.parquet")]
+
+
 def test_numbered_parts_of_a_file_are_one_domain_and_a_card_beside_tables_is_none(tmp_path):
     for i in range(2):
         write(tmp_path / f"web-0000{i}-of-00002.parquet", table(text=[str(i)]))

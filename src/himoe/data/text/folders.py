@@ -9,11 +9,13 @@ files of that dataset are read:
 - as hubs give one: Parquet, Arrow or JSON lines files in `data/`, or `train…` files of these kinds; a `README` or
   `LICENSE` beside tables only is about them and not data.
 
-Of a dataset with splits the one called `train` is read; to read another, name its folder or file.
+Of a dataset with splits the one called `train` is read; to read another, name its folder or file. Files count as splits
+only if all of them are named like one: `train` beside `news` is a domain as `news` is.
 """
 
 import json
 import re
+from itertools import chain
 from pathlib import Path
 
 from himoe.data.text.formats import form
@@ -22,6 +24,8 @@ from himoe.errors import DataError
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 CARD = re.compile(r"(README|LICENSE|CITATION|NOTICE)(\..*)?$|dataset_infos?\.json$")  # beside tables
 TRAIN = re.compile(r"train(ing)?([-_.]?\d.*|[-.].*)?$")
+SPLITS = "test(ing)?|val(id(ation)?)?|dev(el(opment)?)?|eval(uation)?|held[-_]?out|holdout|unsupervised"
+OTHER = re.compile(rf"({SPLITS})([-_.]?\d.*|[-_.].*)?$")
 
 
 def domains(path: Path) -> dict[str, list[Path]]:
@@ -92,15 +96,19 @@ def _saved(folder: Path) -> list[Path]:
 def _from_hub(folder: Path) -> list[Path]:
     """Return the tables of a folder laid out as on a hub, those of the split `train` where there are splits."""
     entries = [entry for entry in _entries(folder) if not CARD.match(entry.name)]
-    tables = [entry for entry in entries if _is_table(entry)]
-    data = [entry for entry in entries if entry.name == "data" and entry.is_dir()]
-    if len(tables) + len(data) < len(entries):
-        return []
-    if not tables and data:
-        below = _files(data[0])
+    if [(entry.name, entry.is_dir()) for entry in entries] == [("data", True)]:
+        below = _files(entries[0])
         tables = below if all(map(_is_table, below)) else []
-        return [file for file in tables if any(map(TRAIN.match, file.relative_to(data[0]).parts))] or tables
-    return [file for file in tables if TRAIN.match(form(file)[2])]
+        names = {file: [*file.relative_to(entries[0]).parent.parts, form(file)[2]] for file in tables}
+        return _train(names) if any(map(TRAIN.match, chain(*names.values()))) else tables
+    return _train({entry: [form(entry)[2]] for entry in entries}) if all(map(_is_table, entries)) else []
+
+
+def _train(names: dict[Path, list[str]]) -> list[Path]:
+    """Return the files of the split `train`, none where one of them is named like no split."""
+    train = [file for file, parts in names.items() if any(map(TRAIN.match, parts))]
+    others = [file for file, parts in names.items() if any(map(OTHER.match, parts))]
+    return train if len({*train, *others}) == len(names) else []
 
 
 def _entries(folder: Path) -> list[Path]:
