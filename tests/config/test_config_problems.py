@@ -104,8 +104,11 @@ ONE_PROBLEM = [
     (["data.weights={a = 0, b = 0}"], "the shares must sum to 1, these sum to 0"),
     (["data.weights={a = -1}"], "data.weights.a = -1: must be ≥ 0"),
     (["data.weights={}"], "must have at least 1"),
-    ([SOURCES, "data.weights={web = 0.5, cod = 0.5}"], "no 'cod', only code, web; did you mean 'code'?"),
-    ([SOURCES, "data.weights={web = 1}"], "must name every one of data.sources, code too; 0 leaves a domain out"),
+    (
+        [SOURCES, "data.weights={web = 0.5, cod = 0.5}"],
+        "there is no domain 'cod', only code, web; did you mean 'code'?",
+    ),
+    ([SOURCES, "data.weights={web = 1}"], "no share for code; give every domain one, 0 leaves a domain out"),
     (["train.keep_every=15"], "must be a multiple of train.checkpoint_every (10), such as 10 or 20"),
     (["train.early_stop=2"], "would never act: there are 2 evaluations (train.steps = 20, train.eval_every = 10)"),
     (['train.log_to=["wandb", "mlflow", "wandb"]'], "names a writer twice"),

@@ -225,9 +225,9 @@ def test_a_weight_of_nothing_leaves_a_domain_out_however_short_it_is():
 @pytest.mark.parametrize(
     ("weights", "text"),
     [
-        ({"code": 0.5, "prose": 0.3, "web": 0.3}, "sum to 1.1, not to 1; in proportion: code = 0.454545, prose"),
-        ({"code": 0, "prose": 0, "web": 0}, "sum to 0, not to 1"),
-        ({"code": 0.5, "pros": 0.3, "web": 0.2}, "data.weights.pros: no such domain; there are code, prose, web; did"),
+        ({"code": 0.5, "prose": 0.3, "web": 0.3}, "these sum to 1.1; in proportion: code = 0.454545, prose"),
+        ({"code": 0, "prose": 0, "web": 0}, "data.weights: the shares must sum to 1, these sum to 0"),
+        ({"code": 0.5, "pros": 0.3, "web": 0.2}, "data.weights: there is no domain 'pros', only code, prose, web; did"),
         ({"code": 0.5, "web": 0.5}, "no share for prose; give every domain one, 0 leaves a domain out"),
         ({"code": -0.5, "prose": 1, "web": 0.5}, "data.weights.code = -0.5: a share must be ≥ 0"),
         ({"code": 1 - 1e-6, "prose": 1e-6, "web": 0}, "data.weights.prose: 1e-06 is less than the smallest share"),

@@ -1,10 +1,9 @@
 """What the keys of data and training must be to each other, as far as that is known before anything is read."""
 
 from himoe.config.rulebook import Rulebook, multiple
-from himoe.errors import nearest
+from himoe.shares import domains_fault, sum_fault
 
 rule = Rulebook()
-ROUNDING = 1e-5  # that shares written with six digits may add up to
 
 
 @rule("data.sources", "data.path")
@@ -26,22 +25,12 @@ def _domain_is_not_the_text(domain_column: str | None, text_column: str) -> str 
 
 @rule("data.weights")
 def _weights_are_shares(weights: dict[str, float] | None) -> str | None:
-    if weights is None or abs((total := sum(weights.values())) - 1) <= ROUNDING:
-        return None
-    fair = ", ".join(f"{name} = {weight / total:.6g}" for name, weight in weights.items()) if total else ""
-    return f"the shares must sum to 1, these sum to {total:.6g}" + (f"; in proportion: {fair}" if fair else "")
+    return None if weights is None else sum_fault(weights)
 
 
 @rule("data.weights", "data.sources")
 def _weights_of_the_sources(weights: dict[str, float] | None, sources: dict[str, str] | None) -> str | None:
-    if weights is None or sources is None:
-        return None
-    for name in weights:
-        if name not in sources:
-            return f"data.sources has no {name!r}, only {', '.join(sources)}{nearest(name, sources.keys())}"
-    if missing := [name for name in sources if name not in weights]:
-        return f"must name every one of data.sources, {', '.join(missing)} too; 0 leaves a domain out"
-    return None
+    return None if weights is None or sources is None else domains_fault(weights, sources)
 
 
 @rule("train.batch_size", "train.accumulate")

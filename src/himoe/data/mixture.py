@@ -14,10 +14,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from himoe.errors import ConfigError, nearest
+from himoe.errors import ConfigError
+from himoe.shares import domains_fault, sum_fault
 
 LONGEST_PERIOD = 2**16
-ROUNDING = 1e-5  # that shares written with six digits may add up to; they are normalised
 
 
 class Mixture:
@@ -92,17 +92,7 @@ def _whole_counts(shares: np.ndarray, names: list[str]) -> list[int]:
 
 def _check(weights: Mapping[str, float], domains: list[str]) -> None:
     for name, weight in weights.items():
-        if name not in domains:
-            known = ", ".join(domains)
-            raise ConfigError(f"data.weights.{name}: no such domain; there are {known}{nearest(name, domains)}")
         if not 0 <= weight < np.inf:
             raise ConfigError(f"data.weights.{name} = {weight}: a share must be ≥ 0")
-    if missing := [name for name in domains if name not in weights]:
-        raise ConfigError(
-            f"data.weights: no share for {', '.join(missing)}; give every domain one, 0 leaves a domain out"
-        )
-    if abs((total := sum(weights.values())) - 1) > ROUNDING:
-        fair = ", ".join(f"{name} = {weight / total:.6g}" for name, weight in weights.items()) if total else ""
-        raise ConfigError(
-            f"data.weights: the shares sum to {total:.6g}, not to 1" + (f"; in proportion: {fair}" if fair else "")
-        )
+    if fault := domains_fault(weights, domains) or sum_fault(weights):
+        raise ConfigError(f"data.weights: {fault}")
