@@ -145,6 +145,16 @@ def test_one_problem_is_one_line(sets, text):
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("warmup_steps", "steps", "most"),
+    [(100, 300, 0.666), (1, 7, 0.857), (1999, 2000, 0.0005), (1, 3000, 0.999), (45, 100, 0.55)],
+)
+def test_the_decay_that_is_advised_is_accepted(warmup_steps, steps, most):
+    sets = ["train.schedule=wsd", f"train.steps={steps}", f"train.warmup_steps={warmup_steps}"]
+    assert f"must be ≤ {most:g}: the warm-up takes" in refusal([*sets, "train.decay_fraction=1"])
+    load_config("lm_tiny", sets=[*sets, f"train.decay_fraction={most:g}"])
+
+
 def test_names_of_other_projects_lead_to_keys_and_are_none():
     keys = {section: set(names) for section, names in key_tree(Config).items()}
     for theirs, ours in OTHER_NAMES.items():

@@ -1,5 +1,7 @@
 """What the keys of data and training must be to each other, as far as that is known before anything is read."""
 
+from decimal import ROUND_FLOOR, Context, Decimal
+
 from himoe.config.rulebook import Rulebook, multiple
 from himoe.shares import domains_fault, sum_fault
 
@@ -47,7 +49,8 @@ def _warmup_ends(warmup_steps: int, steps: int) -> str | None:
 def _decay_follows_warmup(fraction: float, schedule: str, warmup_steps: int, steps: int) -> str | None:
     if schedule != "wsd" or warmup_steps >= steps or warmup_steps + fraction * steps <= steps:
         return None
-    return f"must be ≤ {1 - warmup_steps / steps:.3g}: the warm-up takes {warmup_steps} of the {steps} steps"
+    most = Context(prec=3, rounding=ROUND_FLOOR).divide(Decimal(steps - warmup_steps), Decimal(steps))
+    return f"must be ≤ {float(most):.3g}: the warm-up takes {warmup_steps} of the {steps} steps"
 
 
 @rule("train.keep_every", "train.checkpoint_every")
