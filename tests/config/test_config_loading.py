@@ -81,6 +81,16 @@ def test_other_data_drops_what_was_said_of_the_data_before():
     assert merge(mixture, {"data": {"path": "none"}})["data"]["sources"] == {"a": "x"}
 
 
+def test_a_source_that_lies_elsewhere_keeps_its_share_and_a_new_one_asks_for_new_shares():
+    mixture = {"sources": {"a": "x", "b": "y"}, "weights": {"a": 0.25, "b": 0.75}}
+    moved = merge({"data": mixture}, parse_sets(["data.sources.a=one.jsonl"]))["data"]
+    assert moved == {"sources": {"a": "one.jsonl", "b": "y"}, "weights": {"a": 0.25, "b": 0.75}}
+    assert "weights" not in merge({"data": mixture}, parse_sets(["data.sources.c=z"]))["data"]
+    assert merge({"data": {"path": "x", "weights": {"a": 1.0}}}, {"data": {"sources": {"a": "x"}}})["data"] == {
+        "sources": {"a": "x"}
+    }
+
+
 def test_what_one_command_line_says_belongs_together():
     weights = ["data.weights={a = 0.5, b = 0.5}"]
     data = load_config("lm_tiny", sets=weights, overrides={"data": {"path": "corpus"}}).data

@@ -23,7 +23,7 @@ from himoe.errors import ConfigError, nearest
 # A layer that sets the key on the left, to anything but none, drops what lower layers said about those on the right.
 RETIRES = {
     "data.path": ("data.sources", "data.weights"),
-    "data.sources": ("data.path", "data.domain_column", "data.weights"),
+    "data.sources": ("data.path", "data.domain_column"),
     "moe.preset": ("moe.options", "moe.balancers", "moe.selector", "moe.score"),
     "moe.selector": ("moe.preset", "moe.options", "moe.score"),
     "moe.groups": ("moe.num_groups", "moe.top_k_per_group"),
@@ -64,6 +64,9 @@ def merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
         if _section(layer, section).get(name) not in (None, "none"):
             for other in others:
                 _drop(kept, other)
+    sources, below = (_section(tree, "data").get("sources") for tree in (layer, base))
+    if isinstance(sources, Mapping) and not (isinstance(below, Mapping) and sources.keys() <= below.keys()):
+        _drop(kept, "data.weights")  # shares belong to the names, wherever these lie
     if "preset" in _section(layer, "moe"):  # options are a preset's, so that none leaves none
         _drop(kept, "moe.options")
     return _deep_merge(kept, layer)
