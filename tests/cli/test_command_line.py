@@ -269,11 +269,24 @@ def test_list_of_a_recipe_is_its_file(capsys, tmp_path):
         (["--data.cross_documents=true"], "cross_documents", True),
         (["--data.vocab-size", "300"], "vocab_size", 300),
         (["--data.text-column=body"], "text_column", "body"),
+        (["--data.sources.my-web", "web"], "sources", {"my-web": "web"}),
+        (["--data.sources.my-web=w=b", "--data.sources.an_other", "b"], "sources", {"my-web": "w=b", "an_other": "b"}),
+        (
+            ['--data.weights."example.com"=0.5', "--data.weights.a-b", "0.5"],
+            "weights",
+            {"example.com": 0.5, "a-b": 0.5},
+        ),
+        (["--data.weights.'a=b'", "1"], "weights", {"a=b": 1.0}),
     ],
 )
 def test_every_key_of_the_configuration_is_an_option_too(capsys, option, key, value):
     assert main(["train", "lm_tiny", *option, "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["data"][key] == value
+
+
+def test_the_options_of_a_preset_are_written_with_either_dash(capsys):
+    assert main(["train", "lm_tiny", "--moe.options.free-choice", "1", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["moe"]["options"] == {"free_choice": 1}
 
 
 def test_an_option_called_like_no_key_names_the_nearest_one(capsys):

@@ -50,7 +50,24 @@ def test_set_reads_toml_and_else_text(text, value):
     assert parse_sets([f"a.b={text}"]) == {"a": {"b": value}}
 
 
-@pytest.mark.parametrize("text", ["steps", "=3", "train..steps=3", ".=1"])
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ('data.weights."example.com"', "example.com"),
+        ("data.weights.'a = \"b\"'", 'a = "b"'),
+        ('data . weights . "\\u00e9 \\"x\\""', 'é "x"'),
+        ("data.weights.my-web", "my-web"),
+        ("data.weights.the web's", "the web's"),
+    ],
+)
+def test_a_name_with_a_dot_is_quoted_as_in_toml(key, name):
+    assert parse_sets([f"{key}=0.5", "data.weights.b=0.5"]) == {"data": {"weights": {name: 0.5, "b": 0.5}}}
+    assert load_config("lm_tiny", sets=[f"{key}=0.5", "data.weights.b=0.5"]).data.weights == {name: 0.5, "b": 0.5}
+
+
+@pytest.mark.parametrize(
+    "text", ["steps", "=3", "train..steps=3", ".=1", 'data.weights."a=1', 'data.weights."a"b=1', '""=1', '"\\x"=1']
+)
 def test_set_without_key_and_value_says_how_it_looks(text):
     with pytest.raises(ConfigError, match=r"must look like key=value, as in --set train\.steps=100"):
         parse_sets([text])

@@ -12,7 +12,10 @@ import tyro
 
 from himoe.config.problems import OTHER_NAMES
 from himoe.config.schema import Config, key_tree
+from himoe.config.toml import format_key, split_assignment
 from himoe.errors import ConfigError, nearest
+
+NAMED_BY_USERS = (["data", "sources"], ["data", "weights"])  # tables whose keys are domains, and stay as they are typed
 
 
 def option(metavar: str | None = None, name: str | None = None) -> Any:
@@ -71,15 +74,31 @@ def keys_as_sets(arguments: Sequence[str]) -> list[str]:
     words, rewritten = list(arguments), []
     while words:
         word = words.pop(0)
-        name, equals, value = word.partition("=")
-        section, dot, _ = name.removeprefix("--").partition(".")
-        if not (name.startswith("--") and dot and section in key_tree(Config)):
+        key, value = _key_of(word)
+        if key is None:
             rewritten.append(word)
             continue
-        if not equals:
+        if value is None:
             value = words.pop(0) if words and not words[0].startswith("--") else "true"
-        rewritten += ["--set", f"{name.removeprefix('--').replace('-', '_')}={value}"]
+        rewritten += ["--set", f"{key}={value}"]
     return rewritten
+
+
+def _key_of(option_name: str) -> tuple[str | None, str | None]:
+    """Return the key of the configuration that an option is, and the value given with it; None where there is none.
+
+    >>> _key_of("--data.weights.my-web=0.5"), _key_of("--data.cross-documents"), _key_of("--dry-run")
+    (('data.weights.my-web', '0.5'), ('data.cross_documents', None), (None, None))
+    """
+    try:
+        parts, value = split_assignment(option_name.removeprefix("--"))
+    except ValueError:
+        return None, None
+    if not option_name.startswith("--") or len(parts) < 2 or parts[0] not in key_tree(Config):
+        return None, None
+    ours = 2 if parts[:2] in NAMED_BY_USERS else len(parts)
+    parts[:ours] = [part.replace("-", "_") for part in parts[:ours]]
+    return ".".join(map(format_key, parts)), value
 
 
 def _unexpected(verb: type[Verb], unknown: Sequence[str]) -> str:

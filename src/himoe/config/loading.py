@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from himoe.config.recipes import DEFAULT_RECIPE, recipe_text
 from himoe.config.schema import Config
+from himoe.config.toml import split_assignment
 from himoe.errors import ConfigError, nearest
 
 # A layer that sets the key on the left, to anything but none, drops what lower layers said about those on the right.
@@ -91,9 +92,11 @@ def parse_sets(sets: Sequence[str]) -> dict[str, Any]:
     """
     tree: dict[str, Any] = {}
     for text in sets:
-        path, equals, value = text.partition("=")
-        keys = [key.strip() for key in path.split(".")]
-        if not equals or not all(keys):
+        try:
+            keys, value = split_assignment(text)
+        except ValueError:
+            keys, value = [], None
+        if value is None:
             raise ConfigError(f"--set {text}: must look like key=value, as in --set train.steps=100")
         branch: Any = _parse_value(value.strip())
         for key in reversed(keys):

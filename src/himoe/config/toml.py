@@ -1,11 +1,16 @@
-"""Writes a configuration as TOML; the standard library only reads it.
+"""Writes a configuration as TOML, and reads a single `key = value` of it; the standard library only reads documents.
 
 TOML has no null, so a key that is switched off is written, and read, as the text `"none"`.
 """
 
 import json
+import re
+import tomllib
 from collections.abc import Mapping
 from typing import Any
+
+# One part of a dotted key, in quotes or without; more is allowed without them than in a document.
+PART = re.compile(r"""\s*(?:("(?:[^"\\]|\\.)+"|'[^']+')|([^\s."'=][^.=]*?))\s*(?=[.=]|$)""")
 
 
 def format_value(value: Any) -> str:
@@ -33,6 +38,24 @@ def format_key(key: object) -> str:
     text = str(key)
     bare = text.isascii() and text.replace("-", "").replace("_", "").isalnum()
     return text if bare else json.dumps(text, ensure_ascii=False)
+
+
+def split_assignment(text: str) -> tuple[list[str], str | None]:
+    """Return the parts of a dotted key and what stands behind its `=`, None where there is none.
+
+    Raises ValueError where there is no key.
+
+    >>> split_assignment('data.weights."example.com" = 0.5')
+    (['data', 'weights', 'example.com'], ' 0.5')
+    """
+    parts, end = [], -1
+    while end < 0 or text[end : end + 1] == ".":
+        part = PART.match(text, end + 1)
+        if part is None:
+            raise ValueError(f"{text}: not a key")
+        parts.append(tomllib.loads(f"part = {part[1]}")["part"] if part[1] else part[2])
+        end = part.end()
+    return parts, text[end + 1 :] if end < len(text) else None
 
 
 def format_document(tree: Mapping[str, Any]) -> str:
