@@ -1,5 +1,6 @@
 """Prints the tables of `docs/configuration.md`: `python -m himoe.config.key_tables`."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import annotated_types as bounds
@@ -42,8 +43,17 @@ def _default(field: FieldInfo) -> str:
 
 
 def _allowed(field: FieldInfo) -> str:
-    limits = [_limit(item) for item in field.metadata]
-    return ", ".join([_type_name(field.annotation), *filter(None, limits)])
+    limits = [_limit(item) for item in (*field.metadata, *_inner_metadata(field.annotation))]
+    return ", ".join([_type_name(field.annotation), *dict.fromkeys(filter(None, limits))])
+
+
+def _inner_metadata(annotation: Any) -> Iterator[Any]:
+    """Yield what is said of a type inside another, such as the bounds of a number that may be none."""
+    if get_origin(annotation) is Annotated:
+        for item in annotation.__metadata__:
+            yield from item.metadata if isinstance(item, FieldInfo) else [item]
+    for inner in get_args(annotation):
+        yield from _inner_metadata(inner)
 
 
 def _limit(item: Any) -> str:
@@ -64,7 +74,9 @@ def _type_name(annotation: Any) -> str:
     elif origin is list:
         name = f"list of {_plural(inner[0])}"
     elif origin is tuple:
-        name = f"list of {len(inner)} numbers in [0, 1)"
+        name = f"list of {len(inner)} {_plural(inner[0])}"
+    elif origin is dict and _type_name(inner[1]) == "number":
+        name = "table of numbers"
     elif origin is dict or isinstance(annotation, type):
         name = "table"
     elif origin is Annotated:
