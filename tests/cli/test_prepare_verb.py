@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import normalizers
 
 from himoe.cli import main
 from himoe.config import load_config
@@ -135,6 +136,18 @@ def test_a_file_says_what_is_read(capsys, place):
     assert found["tokenizer"]["vocab_size"] == own.vocab_size == 262
     assert found["train"] == "himoe train my.toml"
     assert json.loads(run(capsys, "text", "--recipe", "my.toml", "--json")[1])["name"] == "text"
+
+
+def test_a_tokenizer_that_loses_something_of_the_text_is_marked(capsys):
+    own = BPETokenizer.train(["some other text"] * 9, 262)
+    own.save("exact.json")
+    own.model.normalizer = normalizers.Lowercase()
+    own.model.save("lower.json")
+    for file, exact in (("exact.json", True), ("lower.json", False)):
+        assert json.loads(run(capsys, "text", "--tokenizer", file, "--json")[1])["tokenizer"]["exact"] is exact
+        status, printed = run(capsys, "text", "--tokenizer", file)
+        assert status == 0
+        assert ("bpe, 262 entries; does not give every text back as it was\n" in printed) is not exact
 
 
 @pytest.mark.parametrize(

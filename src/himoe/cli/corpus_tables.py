@@ -35,7 +35,8 @@ def print_corpus(console: Console, found: dict[str, Any]) -> None:
     _print_domains(console, found["domains"])
     settings, tokenizer, shards = found["settings"], found["tokenizer"], found["shards"]
     facts = {
-        "tokenizer": f"{tokenizer['name']}, {tokenizer['vocab_size']:,} entries",
+        "tokenizer": f"{tokenizer['name']}, {tokenizer['vocab_size']:,} entries"
+        + ("" if tokenizer["exact"] else "; does not give every text back as it was"),
         "shards": f"{shards['number']:,} files, {format_bytes(shards['bytes'])}"
         + (", every byte as written" if found["verified"] else ""),
         "folder": found["folder"],

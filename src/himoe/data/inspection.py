@@ -43,6 +43,7 @@ def inspect_corpus(corpus: Corpus, *, samples: int = 0, characters: int = 400) -
         "tokenizer": {
             "name": corpus.tokenizer.name,
             "vocab_size": corpus.tokenizer.vocab_size,
+            "exact": corpus.tokenizer.exact,
             "hash": corpus.tokenizer.hash,
         },
         "settings": description["settings"],
