@@ -91,6 +91,29 @@ def test_a_folder_of_its_own_is_opened_as_it_is(capsys):
         assert status == 2 and f"made is prepared already, as it is: leave {named} out" in printed
 
 
+@pytest.mark.parametrize("way", ["file", "set", "argument"])
+def test_a_prepared_folder_is_opened_as_it_is_however_it_is_named(capsys, way):
+    run(capsys, "text", "--tokenizer", "byte", "--out", "made")
+    Path("my.toml").write_text('[data]\npath = "made"\n', encoding="utf-8")
+    named = {"file": ["--recipe", "my.toml"], "set": ["--set", "data.path=made"], "argument": ["made"]}[way]
+    train = {"file": "my.toml", "set": "--set data.path=made", "argument": "--data made"}[way]
+    status, printed = run(capsys, *named, "--json")
+    assert status == 0 and json.loads(printed)["train"] == f"himoe train {train}"
+    assert json.loads(printed)["folder"] == "made"
+    for option, value in (("--out", "other"), ("--tokenizer", "bpe"), ("--held-out", "0.5"), ("--workers", "2")):
+        for dry in ([], ["--dry-run"]):
+            status, printed = run(capsys, *named, option, value, *dry)
+            assert status == 2 and f"made is prepared already, as it is: leave {option} out, or prepare" in printed
+    assert not Path("other").exists()
+
+
+def test_a_configuration_that_asks_for_another_tokenizer_than_a_prepared_folder_has_is_refused(capsys):
+    run(capsys, "text", "--vocab-size", "300", "--out", "made")
+    Path("my.toml").write_text('[data]\npath = "made"\ntokenizer = "byte"\n', encoding="utf-8")
+    status, printed = run(capsys, "--recipe", "my.toml")
+    assert status == 2 and "data.tokenizer is 'byte', but made was prepared with another one (bpe)" in printed
+
+
 def test_damage_is_found_and_named(capsys):
     run(capsys, "text", "--tokenizer", "byte", "--out", "made")
     shard = min(Path("made").glob("*.tokens"))

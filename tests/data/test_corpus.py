@@ -58,6 +58,12 @@ def test_a_folder_with_anything_else_in_it_is_left_alone(two_domains, tmp_path):
     assert contents(two_domains) == before
 
 
+def test_a_prepared_text_is_not_written_to_another_folder(prepared, tmp_path):
+    with pytest.raises(ConfigError, match="prepared: prepared already, and opened as it is; leave `out` away, or copy"):
+        prepare(prepared.folder, out=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_an_unfinished_folder_is_no_text(two_domains, tmp_path):
     def interrupt(stage, done, total):
         if stage == "writing tokens":

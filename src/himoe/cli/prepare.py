@@ -67,8 +67,7 @@ class Prepare(Verb):
     def run(self, command: list[str]) -> int:  # noqa: ARG002
         """Prepare, or find what was prepared, and print what it holds."""
         from himoe.cli.corpus_tables import print_corpus, print_plan
-        from himoe.data import prepare
-        from himoe.data.corpus import is_prepared, open_corpus, verify
+        from himoe.data import prepare, verify
         from himoe.data.inspection import inspect_corpus
         from himoe.data.preparation.progress import preparing
 
@@ -80,12 +79,7 @@ class Prepare(Verb):
             return 0
         began = perf_counter()
         with preparing(console) as progress:
-            if data.path and is_prepared(Path(data.path)):
-                corpus = open_corpus(Path(data.path), report=progress)
-            else:
-                corpus = prepare(
-                    **_source(data), **_tokens(data), workers=data.workers, out=self.out, progress=progress
-                )
+            corpus = prepare(**_source(data), **_tokens(data), workers=data.workers, out=self.out, progress=progress)
             checked = verify(corpus.folder, progress) if self.verify else None
         found = inspect_corpus(corpus, samples=SAMPLES if self.inspect else 0)
         found |= {"seconds": round(perf_counter() - began, 1), "verified": checked is not None, "train": self._train()}
@@ -100,14 +94,15 @@ class Prepare(Verb):
         from himoe.data.corpus import is_prepared
 
         given = self._given()
-        if self.path is not None:
-            if is_prepared(self.path) and (unused := [*given, *["out"] * bool(self.out)]):
-                raise ConfigError(
-                    f"{self.path} is prepared already, as it is: leave --{unused[0].replace('_', '-')} out, "
-                    "or prepare the text itself once more"
-                )
-            given |= {"path": str(self.path), "sources": "none"}
-        return load_config(self.recipe, sets=self.changes, overrides={"data": given}).data
+        where = {"path": str(self.path), "sources": "none"} if self.path is not None else {}
+        data = load_config(self.recipe, sets=self.changes, overrides={"data": given | where}).data
+        unused = [*given, *["out"] * bool(self.out)]
+        if unused and data.path and is_prepared(Path(data.path)):
+            raise ConfigError(
+                f"{data.path} is prepared already, as it is: leave --{unused[0].replace('_', '-')} out, "
+                "or prepare the text itself once more"
+            )
+        return data
 
     def _given(self) -> dict[str, Any]:
         """Return the options that were given; a number 0 was, and is refused where it makes no sense."""

@@ -61,6 +61,8 @@ def prepare(
     report = progress or (lambda _stage, _done, _total: None)
     given = _given_tokenizer(tokenizer)
     if path is not None and is_prepared(Path(path)):
+        if out is not None:
+            raise ConfigError(f"{path}: prepared already, and opened as it is; leave `out` away, or copy it to {out}")
         return _open_as_it_is(Path(path), str(tokenizer), given, report)
     report("reading", 0, 0)
     source = find_source(path, sources, text_column=text_column, domain_column=domain_column)
