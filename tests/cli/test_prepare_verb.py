@@ -137,6 +137,46 @@ def test_a_dry_run_says_what_would_be_read_and_writes_nothing(capsys, place):
     assert json.loads(run(capsys, "text", "--tokenizer", "byte", "--dry-run", "--json")[1])["prepared"] == folder
 
 
+def test_a_dry_run_says_what_would_happen_to_the_folder_to_write(capsys, place, monkeypatch):
+    for file in (place / "text").rglob("*.txt"):
+        os.utime(file, (10**9, 10**9))
+
+    def planned(*options):
+        before = sorted(place.rglob("*"))
+        status, printed = run(capsys, "text", "--tokenizer", "byte", "--dry-run", *options)
+        assert sorted(place.rglob("*")) == before
+        return status, printed
+
+    def interrupt(stage, done, total):
+        if stage == "writing tokens":
+            raise KeyboardInterrupt
+
+    assert "out          made, to be written\n" in planned("--out", "made")[1]
+    run(capsys, "text", "--tokenizer", "byte", "--out", "made")
+    assert "out          made, holds this corpus already\n" in planned("--out", "made")[1]
+    found = json.loads(planned("--out", "made", "--json")[1])
+    assert (found["prepared"], found["out"], found["state"]) == ("made", "made", "made")
+    assert "prepared     not yet\n" in planned()[1], "the cache is another place"
+    for folder, options, complaint in (
+        (
+            "made",
+            ["--held-out", "0.2"],
+            "made: holds a corpus of other text or settings; delete made, or choose another",
+        ),
+        ("text", [], "text: not empty and no prepared corpus; nothing was changed"),
+    ):
+        status, printed = planned("--out", folder, *options)
+        assert status == 2 and complaint in printed
+    share = load_config(None).data.held_out
+    with pytest.raises(KeyboardInterrupt):
+        prepare(place / "text", tokenizer="byte", held_out=share, out=place / "part", progress=interrupt)
+    assert "out          part, holds a part of this corpus, to be gone on with\n" in planned("--out", "part")[1]
+    status, printed = planned("--out", "part", "--held-out", "0.2")
+    assert status == 2 and "part: holds an unfinished corpus of other text or settings; delete part" in printed
+    monkeypatch.setenv("HIMOE_CACHE", str(place / "another cache"))
+    assert "out          made, holds a corpus with these settings; refused if" in planned("--out", "made")[1]
+
+
 def test_duplicates_are_counted(capsys):
     for i in range(5):
         Path(f"text/verse/copy{i}.txt").write_bytes(Path(f"text/verse/{i}.txt").read_bytes())

@@ -49,7 +49,7 @@ def test_the_same_text_into_the_same_folder_is_opened(two_domains, tmp_path, mon
 def test_a_folder_with_anything_else_in_it_is_left_alone(two_domains, tmp_path):
     prepare(two_domains, tokenizer="byte", out=tmp_path / "prepared")
     before = contents(tmp_path / "prepared")
-    with pytest.raises(DataError, match="prepared: holds a corpus of other text or settings; delete it, or choose"):
+    with pytest.raises(DataError, match=r"prepared: holds a corpus of other text or settings; delete .*/prepared, or"):
         prepare(two_domains, tokenizer="byte", held_out=0.3, out=tmp_path / "prepared")
     assert contents(tmp_path / "prepared") == before
     before = contents(two_domains)
@@ -62,6 +62,22 @@ def test_a_prepared_text_is_not_written_to_another_folder(prepared, tmp_path):
     with pytest.raises(ConfigError, match="prepared: prepared already, and opened as it is; leave `out` away, or copy"):
         prepare(prepared.folder, out=tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("damage", ["shard", "corpus.json", "tokenizer.json", "format"])
+def test_what_to_do_with_a_damaged_folder_of_ones_own(two_domains, tmp_path, damage):
+    """Preparing it again, as is advised elsewhere, would come to the same damage."""
+    out = prepare(two_domains, tokenizer="byte", out=tmp_path / "out").folder
+    if damage == "format":
+        description = json.loads((out / "corpus.json").read_text(encoding="utf-8"))
+        (out / "corpus.json").write_text(json.dumps(description | {"himoe_corpus": 2}), encoding="utf-8")
+    else:
+        file = shard_of(out) if damage == "shard" else out / damage
+        file.write_bytes(file.read_bytes()[:-3] + b"xyz")
+    before = contents(out)
+    with pytest.raises(DataError, match=rf"^{out}: .*; delete {out}, or choose another folder$"):
+        prepare(two_domains, tokenizer="byte", out=out)
+    assert contents(out) == before
 
 
 def test_an_unfinished_folder_is_no_text(two_domains, tmp_path):

@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import time
+from functools import partial
 
 import pytest
 from corpus_case import all_documents, contents, source_documents
@@ -170,6 +171,73 @@ def test_a_folder_filled_by_another_process_with_other_settings_is_refused(two_d
     with pytest.raises(DataError, match="out: holds a corpus of other text or settings"):
         prepare(two_domains, tokenizer="byte", held_out=0.2, out=out)
     assert contents(out) == contents(other.folder)
+
+
+def begin(path, **options):
+    """Prepare a text, and stop in the middle of it."""
+
+    def interrupt(stage, done, total):
+        if stage == "writing tokens" and done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(path, workers=1, progress=interrupt, **options)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("other", ["text", "settings"])
+def test_an_unfinished_folder_of_other_text_or_settings_is_left_alone(
+    two_domains, tmp_path, small_units, monkeypatch, other, late
+):
+    """Whether it is there at the beginning, or is left by a process that was waited for."""
+    out, lock = tmp_path / "out", preparation._lock
+    begin(two_domains, tokenizer="byte", held_out=0.2, out=out)
+    before = contents(out)
+    if late:
+        out.rename(tmp_path / "away")
+
+        @contextlib.contextmanager
+        def after_the_other(folder, report):
+            with lock(folder, report):
+                if folder == out:
+                    shutil.copytree(tmp_path / "away", out, dirs_exist_ok=True)
+                yield
+
+        monkeypatch.setattr(preparation, "_lock", after_the_other)
+    if other == "text":
+        (two_domains / "letters.md").write_bytes((two_domains / "letters.md").read_bytes() + b"one more line\n")
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"holds an unfinished corpus of other text or settings; delete .*/out, or"):
+            prepare(two_domains, tokenizer="byte", held_out=0.3 if other == "settings" else 0.2, out=out)
+        assert contents(out) == before
+
+
+def test_an_unfinished_folder_of_the_same_text_in_other_units_is_begun_anew(
+    two_domains, tmp_path, small_units, monkeypatch
+):
+    (two_domains / "letters.md").unlink()  # units do not cut the other files
+    made = {"tokenizer": "byte", "held_out": 0.2}
+    for place in ({"out": tmp_path / "out"}, {}):
+        begin(two_domains, **made, **place)
+    monkeypatch.setattr(preparation, "read_source", partial(read_source, unit_size=9000))
+    whole = contents(prepare(two_domains, **made, out=tmp_path / "whole").folder)
+    for place in ({"out": tmp_path / "out"}, {}):
+        assert contents(prepare(two_domains, **made, **place).folder) == whole
+
+
+def test_after_text_has_changed_under_way_the_same_command_goes_on(two_domains, tmp_path, monkeypatch):
+    file, out = two_domains / "letters.md", tmp_path / "out"
+    write = writing.write_unit
+
+    def changed(*arguments):
+        file.write_bytes(file.read_bytes().replace(b"fox", b"cat"))
+        return write(*arguments)
+
+    monkeypatch.setattr(writing, "write_unit", changed)
+    with pytest.raises(DataError, match="changed while the text was being prepared; run the same command again"):
+        prepare(two_domains, tokenizer="byte", out=out, workers=1)
+    monkeypatch.undo()
+    assert prepare(two_domains, tokenizer="byte", out=out).folder == out
 
 
 def test_a_folder_in_which_a_killed_process_had_hardly_begun_is_used(two_domains, tmp_path):

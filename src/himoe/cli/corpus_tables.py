@@ -9,6 +9,12 @@ from rich.table import Table
 from himoe.data.preparation.progress import format_bytes
 
 SAMPLE_LINES = 4  # of each sample
+OUT = {  # what lies in a folder that is to be written
+    "made": "holds this corpus already",
+    "begun": "holds a part of this corpus, to be gone on with",
+    "free": "to be written",
+    "unread": "holds a corpus with these settings; refused if, once read, its text turns out to be another",
+}
 
 
 def print_plan(console: Console, planned: dict[str, Any]) -> None:
@@ -24,8 +30,8 @@ def print_plan(console: Console, planned: dict[str, Any]) -> None:
         "tokenizer": f"bpe, {planned['vocab_size']:,} entries, to be learned" if kind == "bpe" else kind,
         "held out": f"{planned['held_out']:.4g} of the documents",
         "duplicates": "removed" if planned["deduplicate"] else "kept",
-        "prepared": planned["prepared"] or "not yet",
-        "out": planned["out"],
+        "prepared": None if planned["out"] else planned["prepared"] or "not yet",
+        "out": planned["out"] and f"{planned['out']}, {OUT[planned['state']]}",
     }
     print_facts(console, facts)
 

@@ -145,13 +145,14 @@ def _plan(data: DataConfig, out: Path | None) -> dict[str, Any]:
     if data.path and is_prepared(Path(data.path)):
         return {"text": data.path, "prepared": data.path}
     source = find_source(**_source(data))
-    prepared = find_prepared(source, **_tokens(data))
+    folder, state = find_prepared(source, **_tokens(data), out=out)
     return {
         "text": source.name,
         "bytes": sum(unit.size for unit in source.units),
         "parts": len(source.units),
         "first": source.units[0].label if source.units else None,
         **_tokens(data),
-        "prepared": str(prepared) if prepared else None,
+        "prepared": str(folder) if state == "made" else None,
         "out": str(out) if out else None,
+        "state": state,
     }

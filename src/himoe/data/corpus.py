@@ -27,6 +27,14 @@ QUICK = 64 * 2**20  # bytes of shards whose hashes are checked every time
 NAMED = 5  # damaged files named in an error
 
 
+class UnusableCorpusError(DataError):
+    """A prepared folder that is damaged or of another version; `fault` says what is wrong with it."""
+
+    def __init__(self, folder: Path, fault: str) -> None:
+        super().__init__(f"{folder}: {fault}; prepare the data again")
+        self.fault = fault
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Text ready to train on: the training and the held-out tokens of every domain."""
@@ -70,16 +78,16 @@ def _holds(file: Path, mark: str) -> bool:
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """Return the content of `corpus.json`; raises `DataError` where it is damaged or of another version."""
+    """Return the content of `corpus.json`; raises `UnusableCorpusError` where that cannot be read."""
     try:
         found = json.loads((folder / CORPUS).read_text(encoding="utf-8"))
         version, expected = found["himoe_corpus"], found.pop("sha256")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{folder}: {CORPUS} is damaged ({error}); prepare the data again") from error
+        raise UnusableCorpusError(folder, f"{CORPUS} is damaged ({error})") from error
     if version != FORMAT:
-        raise DataError(f"{folder}: prepared in format {version}, this version reads {FORMAT}; prepare the data again")
+        raise UnusableCorpusError(folder, f"prepared in format {version}, this version reads {FORMAT}")
     if description_hash(found) != expected:
-        raise DataError(f"{folder}: {CORPUS} differs from its recorded hash; prepare the data again")
+        raise UnusableCorpusError(folder, f"{CORPUS} differs from its recorded hash")
     return found
 
 
@@ -88,7 +96,7 @@ def open_corpus(
 ) -> Corpus:
     """Open a prepared folder, under another name if one is given; hashes of one just written need no check.
 
-    Raises `DataError` naming what is missing or damaged in it.
+    Raises `UnusableCorpusError` naming what is missing or damaged in it.
     """
     description = describe(folder)
     tokenizer = _tokenizer(folder, description)
@@ -117,7 +125,7 @@ def _tokenizer(folder: Path, description: dict[str, Any]) -> Tokenizer:
     except DataError:
         tokenizer = None
     if tokenizer is None or tokenizer.hash != description["tokenizer"]:
-        raise DataError(f"{folder}: {TOKENIZER} is missing or damaged; prepare the data again")
+        raise UnusableCorpusError(folder, f"{TOKENIZER} is missing or damaged")
     return tokenizer
 
 
@@ -130,7 +138,7 @@ def check_shards(
 ) -> tuple[int, int]:
     """Check the sizes and, as `hashes` says, the contents of all shards; return their number and bytes.
 
-    Raises `DataError` naming the damaged shards.
+    Raises `UnusableCorpusError` naming the damaged shards.
     """
     width = np.dtype(description["dtype"]).itemsize
     shards = [shard for parts in description["domains"].values() for side in SIDES for shard in parts[side]["shards"]]
@@ -153,7 +161,7 @@ def check_shards(
         with contextlib.suppress(OSError, DataError):
             _memory(folder).unlink(missing_ok=True)
         more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
-        raise DataError(f"{folder}: damaged: {', '.join(bad[:NAMED])}{more}; prepare the data again")
+        raise UnusableCorpusError(folder, f"damaged: {', '.join(bad[:NAMED])}{more}")
     if total > QUICK and not known:
         _remember(folder, times.hexdigest())
     return len(shards), total

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import tokenizers
 
-from himoe.data.corpus import Corpus, cache_folder, describe, is_prepared, is_unfinished, open_corpus
+from himoe.data.corpus import Corpus, cache_folder, is_prepared, is_unfinished, open_corpus
+from himoe.data.preparation.places import State, cache_place, open_cached, open_own, state_of
 from himoe.data.preparation.pool import Pool, available_cores
 from himoe.data.preparation.scan import Progress, Scan, TextChangedError, known_scan, scan_folder, scan_source
-from himoe.data.preparation.writing import PLAN, Settings, build, clear, corpus_key
+from himoe.data.preparation.writing import Settings, build, clear
 from himoe.data.text import Source, embedded_source, read_source, read_sources
 from himoe.data.tokenizer import Tokenizer, load_tokenizer
 from himoe.errors import ConfigError, DataError, HimoeWarning
@@ -53,10 +54,10 @@ def prepare(
     The arguments are the keys of `[data]` in a configuration, and their meaning is the one described there; `path` may
     be a folder written with `out`, which is opened as it is, and None is the text that every Python has.
 
-    `out` is a folder to write instead of one in the cache, `cache` replaces the cache folder that the environment
-    names, and `progress` is told what is being done, bytes done and bytes in all, 0 where that is not known; it may be
-    called by another thread. Raises `DataError` for text, or a folder, that cannot be used. What was finished before an
-    interruption is kept, and the same call goes on there.
+    `out` is a folder to write instead of one in the cache; if it holds anything else, it is refused and left alone.
+    `cache` replaces the cache folder that the environment names, and `progress` is told what is being done, bytes done
+    and bytes in all, 0 where that is not known; it may be called by another thread. Raises `DataError` for text, or a
+    folder, that cannot be used. What was finished before an interruption is kept, and the same call goes on there.
     """
     report = progress or (lambda _stage, _done, _total: None)
     given = _given_tokenizer(tokenizer)
@@ -101,15 +102,23 @@ def find_prepared(
     vocab_size: int = 4096,
     held_out: float = 0.05,
     deduplicate: bool = False,
+    out: Path | None = None,
     cache: Path | None = None,
-) -> Path | None:
-    """Return the folder of the cache where `prepare` would find this text; its files are not read for it."""
+) -> tuple[Path | None, State]:
+    """Return the folder that `prepare` would write or open, None for one not known yet, and what lies in it.
+
+    No text is read for it. Raises `DataError` where `prepare` would refuse `out`.
+    """
     given = _given_tokenizer(tokenizer)
     settings = _settings(source, str(tokenizer), given, vocab_size, held_out, deduplicate)
     store = Path(cache) if cache else cache_folder()
     scan = known_scan(scan_folder(source, store))
-    folder = scan and _place(store, scan, settings)
-    return folder if folder and is_prepared(folder) else None
+    if out is not None:
+        return Path(out), state_of(Path(out), scan, settings)
+    if scan is None:
+        return None, "unread"
+    folder = cache_place(store, scan, settings)
+    return folder, "made" if is_prepared(folder) else "begun" if is_unfinished(folder) else "free"
 
 
 def _given_tokenizer(tokenizer: str | Path) -> Tokenizer | None:
@@ -158,14 +167,15 @@ def _prepare(
             scan = scan_source(source, kept, pool, report)
         if corpus := _found(source, scan, settings, store, out, report):
             return corpus
-        folder = out or _place(store, scan, settings)
+        folder = out or cache_place(store, scan, settings)
         stack.enter_context(_lock(folder, report))
-        if is_prepared(folder):  # by another process in the meantime, or it is damaged
+        if out:  # another process may have written to it in the meantime
+            if corpus := _found(source, scan, settings, store, out, report):
+                return corpus
+        elif is_prepared(folder):  # likewise, or it is damaged
             try:
-                return _open_made(folder, source, scan, settings, report)
+                return open_cached(folder, source.name, scan, settings, report)
             except DataError as error:
-                if out:
-                    raise
                 warnings.warn(f"{error}: that is done now", HimoeWarning, stacklevel=3)
                 clear(folder)
         _forget_old_work(store, but=(folder, kept))
@@ -173,6 +183,8 @@ def _prepare(
             build(folder, source, scan, settings, given, pool, report)
         except TextChangedError:
             shutil.rmtree(kept, ignore_errors=True)
+            if out:
+                clear(out)  # else it would be in the way of the new text
             raise
     return open_corpus(folder, name=source.name, report=report, just_written=True)
 
@@ -181,23 +193,12 @@ def _found(
     source: Source, scan: Scan, settings: Settings, store: Path, out: Path | None, report: Progress
 ) -> Corpus | None:
     """Open the corpus if it has been made and, in the cache, is whole; raises `DataError` where `out` is in the way."""
-    if out is None:
-        folder = _place(store, scan, settings)
-        with contextlib.suppress(DataError):
-            return _open_made(folder, source, scan, settings, report) if is_prepared(folder) else None
-        return None
-    if is_prepared(out):
-        return _open_made(out, source, scan, settings, report)
-    if out.exists() and not is_unfinished(out) and not all(entry.name.startswith(PLAN) for entry in out.iterdir()):
-        raise DataError(f"{out}: not empty and no prepared corpus; nothing was changed: choose another folder")
+    if out is not None:
+        return open_own(out, source.name, report) if state_of(out, scan, settings) == "made" else None
+    folder = cache_place(store, scan, settings)
+    with contextlib.suppress(DataError):
+        return open_cached(folder, source.name, scan, settings, report) if is_prepared(folder) else None
     return None
-
-
-def _open_made(folder: Path, source: Source, scan: Scan, settings: Settings, report: Progress) -> Corpus:
-    """Open a prepared folder; raises `DataError` unless it is whole and of this text and these settings."""
-    if describe(folder)["key"] != corpus_key(scan, settings):
-        raise DataError(f"{folder}: holds a corpus of other text or settings; delete it, or choose another folder")
-    return open_corpus(folder, name=source.name, report=report)
 
 
 def _open_as_it_is(folder: Path, tokenizer: str, given: Tokenizer | None, report: Progress) -> Corpus:
@@ -211,10 +212,6 @@ def _open_as_it_is(folder: Path, tokenizer: str, given: Tokenizer | None, report
             "set it to bpe, which takes whichever the folder has, or prepare the text itself once more"
         )
     return corpus
-
-
-def _place(store: Path, scan: Scan, settings: Settings) -> Path:
-    return store / "corpora" / corpus_key(scan, settings)[:32]
 
 
 @contextlib.contextmanager
