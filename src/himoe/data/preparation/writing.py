@@ -25,7 +25,7 @@ from himoe.data.text import Source, Unit
 from himoe.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 from himoe.files import sync_folder, write_json, write_text
 
-FORMAT = 3  # to be raised when the same text would give other files than before
+FORMAT = 4  # to be raised when the same text would give other files than before
 REPORTED = 2**20  # bytes between two reports
 BATCH = 2**17  # characters encoded at a time, which takes up to some 300 bytes of memory for each
 LONGEST = 2**18  # characters of a text that is encoded as one
