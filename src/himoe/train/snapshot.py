@@ -140,10 +140,12 @@ def _same_rates_until(step: int, *configs: Mapping[str, Any]) -> bool:
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return `{"train.steps": 20, …}`, tables inside tables too."""
+    """Return `{"train.steps": 20, …}`, tables inside tables too, but a table that is free as one value."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        name = f"{prefix}{key}"
+        deeper = isinstance(value, Mapping) and name not in FREE_KEYS
+        flat |= _flatten(value, f"{name}.") if deeper else {name: value}
     return flat
 
 
