@@ -1,8 +1,9 @@
 """Alarms: faults of training that the numbers of a log line show, each with what to do about it.
 
 They look at values that are on the host anyway when a line is written, and at the biases of loss-free balancing. An
-alarm goes off when its fault appears, and again only after the fault was gone and `QUIET_STEPS` have passed. What they
-remember goes into every checkpoint, so a resumed run raises the alarms of an undisturbed one.
+alarm goes off when its fault appears, and again only after the fault was gone and `QUIET_STEPS` have passed: a fault
+that comes back earlier and stays is raised once they have. What they remember goes into every checkpoint, so a resumed
+run raises the alarms of an undisturbed one.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -113,7 +114,7 @@ class Alarms:
             found += [*_routing(step, record, self._layers[record["layer"]]), *_dead(step, record)]
         now = {(alarm.kind, alarm.layer): alarm for alarm in found}
         new = {key: alarm for key, alarm in now.items() if key not in self._active and self._is_quiet(key, step)}
-        self._active = set(now)
+        self._active = {key for key in now if key in self._active or key in new}  # not those held back: they may stay
         self._raised |= {key: step for key in new}  # noqa: C420 - fromkeys loses the type
         return list(new.values())
 
