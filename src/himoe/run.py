@@ -111,7 +111,8 @@ class _Run:
     _scored: tuple[int, int | None, dict[str, Any]] | None = field(default=None, init=False)
 
     def resume(self, checkpoint: Path) -> None:
-        state = restore(self.trainer, checkpoint, **self._identity())
+        """Go on at a checkpoint that `_newest_checkpoint` has found whole."""
+        state = restore(self.trainer, checkpoint, **self._identity(), checked=True)
         self.seconds_before = state["seconds"]
         _say(self.console, f"resuming {self.out} at step {state['step']}")
         if state["threads"] != (threads := torch.get_num_threads()):

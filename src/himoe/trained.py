@@ -20,7 +20,7 @@ from himoe.data.preparation.progress import preparing
 from himoe.errors import ConfigError, DataError
 from himoe.functional.groups import Groups
 from himoe.models import DecoderLM
-from himoe.train.checkpoint import find_checkpoint, load_checkpoint, load_model_tensors
+from himoe.train.checkpoint import load_model_tensors, open_checkpoint
 from himoe.train.environment import best_device
 from himoe.train.evaluate import Reading, evaluate_domains, evaluate_pieces
 from himoe.train.texts import Text, source_pieces, token_pieces
@@ -44,20 +44,18 @@ def load_run(run: Path, checkpoint: str | None = None, *, ema: bool = True) -> L
 
     Args:
         run: the run folder.
-        checkpoint: as for `find_checkpoint`: "last" or None, "best", or a step.
+        checkpoint: as for `open_checkpoint`: "last" or None, "best", or a step.
         ema: take the averaged weights (`train.ema_decay`) where the run has them.
 
     Raises RunFolderError or CheckpointError when something is missing, damaged or foreign.
     """
     config = Config.model_validate(run_folder.read_json(run / "config.json"))
-    path = find_checkpoint(run, checkpoint)
-    saved = load_checkpoint(path, trainer=False)
+    saved = open_checkpoint(run, checkpoint, average=ema)
     tokenizer = load_tokenizer(run / "tokenizer.json")
     model = build_model(config, tokenizer.vocab_size)
-    averaged = ema and saved.average is not None
-    load_model_tensors(model, saved.averaged_model if averaged else saved.model, path)
-    weights = "averaged" if averaged else "trained"
-    return LoadedRun(config, tokenizer, model.to(best_device()).eval(), path, saved.state["step"], weights)
+    load_model_tensors(model, saved.averaged_model, saved.path)
+    weights = "trained" if saved.average is None else "averaged"
+    return LoadedRun(config, tokenizer, model.to(best_device()).eval(), saved.path, saved.state["step"], weights)
 
 
 def evaluate(

@@ -9,8 +9,9 @@ from test_run_stops import interrupt_after
 
 from himoe import run, trained
 from himoe.errors import CheckpointError, HimoeWarning, RunFolderError
+from himoe.train import checkpoint
 from himoe.train.alarms import Alarm, Alarms
-from himoe.train.checkpoint import find_checkpoint
+from himoe.train.checkpoint import open_checkpoint
 
 EVERY_STEP = ["train.eval_every=1", "train.checkpoint_every=100", "train.keep_checkpoints=1", "data.eval_tokens=64"]
 
@@ -38,8 +39,8 @@ def test_the_best_checkpoint_stays_beside_the_last(scores, text, tmp_path):
     summary, _ = train(config(text, *EVERY_STEP), tmp_path)
     assert checkpoints(tmp_path) == [3, 8]
     assert summary["best"] == {"step": 3, "bits_per_byte": 3.0, "evaluations_since": 5}
-    assert find_checkpoint(tmp_path, "best").name == "step-00000003"
-    assert find_checkpoint(tmp_path, "last") == find_checkpoint(tmp_path) == find_checkpoint(tmp_path, "8")
+    assert open_checkpoint(tmp_path, "best").path.name == "step-00000003"
+    assert {open_checkpoint(tmp_path, name).path.name for name in ("last", None, "8")} == {"step-00000008"}
 
 
 def test_the_last_step_may_be_the_best(scores, text, tmp_path):
@@ -61,17 +62,17 @@ def test_the_best_need_not_stay(scores, text, tmp_path):
     train(config(text, *EVERY_STEP, "train.keep_best=false"), tmp_path)
     assert checkpoints(tmp_path) == [8]
     with pytest.raises(CheckpointError, match=r"^the best checkpoint, step-00000001, does not exist; there are step-"):
-        find_checkpoint(tmp_path, "best")
+        open_checkpoint(tmp_path, "best")
 
 
 def test_a_run_without_an_evaluation_has_no_best(text, tmp_path, monkeypatch):
     with pytest.raises(RunFolderError, match="has no checkpoint yet"):
-        find_checkpoint(tmp_path, "best")
+        open_checkpoint(tmp_path, "best")
     interrupt_after(monkeypatch, signal.SIGINT, 2)
     summary, _ = train(config(text), tmp_path)
     assert summary["best"] is None
     with pytest.raises(CheckpointError, match="has no best checkpoint: it has not been evaluated yet; there are step-"):
-        find_checkpoint(tmp_path, "best")
+        open_checkpoint(tmp_path, "best")
 
 
 def test_a_run_ends_after_evaluations_that_bring_nothing(scores, text, tmp_path):
@@ -171,4 +172,35 @@ def test_a_damaged_newest_checkpoint_is_named_where_an_older_one_is_used(text, t
     with (tmp_path / "checkpoints" / "step-00000008" / "model.safetensors").open("ab") as file:
         file.write(b"more")
     with pytest.warns(HimoeWarning, match=r"step-00000008 is damaged: .*; an older one is used"):
-        assert find_checkpoint(tmp_path).name == "step-00000004"
+        assert open_checkpoint(tmp_path).path.name == "step-00000004"
+
+
+def test_only_what_is_read_need_be_whole(text, tmp_path):
+    train(config(text, "train.ema_decay=0.9"), tmp_path)
+    newest = tmp_path / "checkpoints/step-00000008"
+    (newest / "optimizer.safetensors").write_bytes(b"")
+    assert trained.load_run(tmp_path).step == 8
+    (newest / "ema.safetensors").write_bytes(b"")
+    assert trained.load_run(tmp_path, ema=False).step == 8
+    with pytest.warns(HimoeWarning, match=r"ema\.safetensors has 0 bytes"):
+        assert trained.load_run(tmp_path).step == 4
+    with pytest.raises(CheckpointError, match=r"ema\.safetensors has 0 bytes"):
+        trained.load_run(tmp_path, "8")
+    (newest / "state.json").unlink()
+    with pytest.warns(HimoeWarning, match=r"it has no state\.json; an older one is used"):
+        assert trained.load_run(tmp_path, "best").step == 4
+
+
+@pytest.mark.parametrize("name", [None, "best", "8"])
+def test_every_file_that_is_read_is_checked_once(text, tmp_path, monkeypatch, name):
+    out, seen, fingerprint = tmp_path / "run", [], checkpoint._fingerprint
+    train(config(text, "train.ema_decay=0.9"), out)
+    monkeypatch.setattr(checkpoint, "_fingerprint", lambda path: seen.append(path.name) or fingerprint(path))
+    trained.load_run(out, name)
+    assert sorted(seen) == ["ema.safetensors", "model.safetensors"]
+    seen.clear()
+    trained.load_run(out, name, ema=False)
+    assert seen == ["model.safetensors"]
+    seen.clear()
+    train(config(text, "train.ema_decay=0.9"), out, resume=True)
+    assert sorted(seen) == ["ema.safetensors", "model.safetensors", "optimizer.safetensors"]

@@ -149,12 +149,14 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def restore(trainer: Trainer, path: Path, config: Mapping[str, Any], data_hash: str) -> dict[str, Any]:
-    """Put a checkpoint into the trainer and its model; return its `state.json`.
+def restore(
+    trainer: Trainer, path: Path, config: Mapping[str, Any], data_hash: str, *, checked: bool = False
+) -> dict[str, Any]:
+    """Put a checkpoint into the trainer and its model; return its `state.json`. `checked` is as for `load_checkpoint`.
 
     Raises CheckpointError when it is damaged, of another run, or does not fit the model.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, checked=checked)
     _check_state(path, checkpoint.state)
     check_same_run(path, checkpoint.state, config, data_hash)
     load_model_tensors(trainer.model, checkpoint.model, path)

@@ -13,7 +13,7 @@ from himoe.errors import CheckpointError, ConfigError, DataError
 from himoe.functional.groups import Groups
 from himoe.run_folder import run_of
 from himoe.train.batches import Batches
-from himoe.train.checkpoint import AVERAGE, MODEL, Checkpoint, find_checkpoint, load_checkpoint, load_model_tensors
+from himoe.train.checkpoint import AVERAGE, MODEL, Checkpoint, load_model_tensors, open_checkpoint
 from himoe.train.environment import best_device
 from himoe.train.loop import Trainer
 from himoe.train.optimizer import build_optimizer
@@ -36,8 +36,8 @@ class WarmStart:
         Raises RunFolderError or CheckpointError when it is neither, or damaged.
         """
         run = run_of(path)
-        found = find_checkpoint(run, None if run == path else path.name)
-        return cls(run, load_checkpoint(found, trainer=False), load_tokenizer(run / "tokenizer.json"))
+        checkpoint = open_checkpoint(run, None if run == path else path.name)
+        return cls(run, checkpoint, load_tokenizer(run / "tokenizer.json"))
 
     def with_tokenizer(self, config: Config) -> Config:
         """Return the configuration with this run's tokenizer; raises ConfigError where it asks for another one.
