@@ -1,6 +1,7 @@
 """A trained run in use: its model, and its score on text. The way of `himoe eval`, and of a run's own evaluations."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,7 @@ class LoadedRun:
 
 
 def load_run(run: Path, checkpoint: str | None = None, *, ema: bool = True) -> LoadedRun:
-    """Load the model of a run folder, in eval mode.
+    """Load the model of a run folder, in eval mode. No random generator moves.
 
     Args:
         run: the run folder.
@@ -52,7 +53,8 @@ def load_run(run: Path, checkpoint: str | None = None, *, ema: bool = True) -> L
     config = Config.model_validate(run_folder.read_json(run / "config.json"))
     saved = open_checkpoint(run, checkpoint, average=ema)
     tokenizer = load_tokenizer(run / "tokenizer.json")
-    model = build_model(config, tokenizer.vocab_size)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # building seeds all of them
+        model = build_model(config, tokenizer.vocab_size)
     load_model_tensors(model, saved.averaged_model, saved.path)
     weights = "trained" if saved.average is None else "averaged"
     return LoadedRun(config, tokenizer, model.to(best_device()).eval(), saved.path, saved.state["step"], weights)
@@ -88,7 +90,6 @@ def evaluate(
         raise ConfigError(f"--seq-len is {seq_len}; it must be at least 1")
     console = console or Console(stderr=True)
     loaded = load_run(run, checkpoint, ema=ema)
-    set_threads(loaded.config)
     texts, baselines, source = {}, {}, None
     if data is None:
         texts, baselines = _own_text(run, loaded, console)
@@ -104,7 +105,8 @@ def evaluate(
             status.update(f"evaluating {done:.0%}")
 
         pieces = source_pieces(source, loaded.tokenizer, progress) if source else token_pieces(texts, progress)
-        result = evaluate_pieces(loaded.model, pieces, reading, partial(_new_usage, loaded))
+        with threads(loaded.config):
+            result = evaluate_pieces(loaded.model, pieces, reading, partial(_new_usage, loaded))
     domains = with_baselines(result.pop("domains"), baselines, texts)
     about = {"run": str(run), "checkpoint": loaded.checkpoint.name, "step": loaded.step, "weights": loaded.weights}
     return {**about, "seq_len": reading.seq_len, "domains": domains, **result}
@@ -187,6 +189,17 @@ def with_baselines(
     """
     whole = {name for name, record in domains.items() if name in texts and record["bytes"] == texts[name].num_bytes}
     return {name: {**record, **(baselines.get(name, {}) if name in whole else {})} for name, record in domains.items()}
+
+
+@contextmanager
+def threads(config: Config) -> Iterator[None]:
+    """Give torch the number of threads that `config` asks for, if it does, for a while."""
+    before = torch.get_num_threads()
+    set_threads(config)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def set_threads(config: Config) -> None:
