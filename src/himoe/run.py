@@ -19,13 +19,15 @@ from himoe.errors import HimoeError
 from himoe.files import write_json, write_text
 from himoe.models import parameter_counts
 from himoe.report import write_report
+from himoe.train.alarms import diverged_in_evaluation
 from himoe.train.best import Best
 from himoe.train.checkpoint import newest_whole
 from himoe.train.environment import describe_data, describe_environment, now
 from himoe.train.fit import COMPLETE, fit
 from himoe.train.journal import Journal, describe_evaluation
-from himoe.train.loop import Trainer
+from himoe.train.loop import DivergedError, Trainer
 from himoe.train.lr_finder import RangeTest, find_learning_rate
+from himoe.train.nonfinite import NonFiniteLossError
 from himoe.train.profile import Profile
 from himoe.train.progress import TrainingProgress
 from himoe.train.snapshot import restore, rewind_logs, save
@@ -151,6 +153,9 @@ class _Run:
                 result = self._evaluate(None)
                 journal.evaluation_line({**result, "final": True})
                 _say(self.console, f"step {self.trainer.steps_done}: {describe_evaluation(result)}")
+        except DivergedError as error:
+            journal.alarm_line(error.alarm)
+            raise
         finally:
             journal.close()
         summary = {**journal.summary(status), "best": self.best.record()}
@@ -199,14 +204,20 @@ class _Run:
         return status
 
     def _evaluate(self, num_tokens: int | None) -> dict[str, Any]:
-        """Score the held-out text, or its first tokens, with the averaged weights where there are such."""
+        """Score the held-out text, or its first tokens, with the averaged weights where there are such.
+
+        Raises DivergedError when the loss is not finite.
+        """
         step, average = self.trainer.steps_done, self.trainer.ema
         if self._scored and self._scored[:2] == (step, num_tokens):
             return self._scored[2]
         lengths, texts = self.corpus.tokenizer.byte_lengths, held_out(self.corpus)
         texts = {name: text.prefix(num_tokens, lengths) for name, text in texts.items()}
         with average.in_place() if average else nullcontext():
-            result = score(self.config, self.trainer.model, self.corpus.tokenizer, texts)
+            try:
+                result = score(self.config, self.trainer.model, self.corpus.tokenizer, texts)
+            except NonFiniteLossError as error:
+                raise DivergedError(diverged_in_evaluation(step, error)) from error
         result |= {"weights": "averaged"} if average else {}
         self._scored = (step, num_tokens, result)
         return result

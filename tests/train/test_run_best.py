@@ -167,6 +167,24 @@ def test_divergence_is_an_alarm_in_the_log(text, tmp_path, monkeypatch):
     assert not (tmp_path / "summary.json").exists() and read(tmp_path / "config.json")
 
 
+@pytest.mark.parametrize(("sets", "number"), [((), 4), (("train.eval_every=100",), 8)], ids=["on the way", "last"])
+def test_divergence_that_an_evaluation_finds_is_an_alarm_too(text, tmp_path, monkeypatch, sets, number):
+    step = run.Trainer.step
+
+    def broken(self, **how):
+        step(self, **how)
+        if self.steps_done == number:
+            self.model.blocks[1].attention.out_proj.weight.data[0] = float("nan")
+
+    monkeypatch.setattr(run.Trainer, "step", broken)
+    with pytest.raises(run.HimoeError, match=rf"by step {number}: the held-out loss is nan \(first not finite: .*1\)"):
+        train(config(text, *sets), tmp_path)
+    last = lines(tmp_path / "metrics.jsonl")[-1]
+    assert (last["kind"], last["alarm"], last["layer"], last["step"]) == ("alarm", "not_finite", 1, number)
+    assert "the weight of blocks.1.attention.out_proj.weight" in last["text"]
+    assert not (tmp_path / f"checkpoints/step-{number:08}").exists()
+
+
 def test_a_damaged_newest_checkpoint_is_named_where_an_older_one_is_used(text, tmp_path):
     train(config(text, "train.checkpoint_every=4"), tmp_path)
     with (tmp_path / "checkpoints" / "step-00000008" / "model.safetensors").open("ab") as file:

@@ -19,7 +19,7 @@ from himoe.balance.loss_free import LossFree
 from himoe.functional import scores
 from himoe.functional.selection import top_k_per_group
 from himoe.nn import MoE, moe_layers
-from himoe.train.nonfinite import find_nonfinite
+from himoe.train.nonfinite import NonFiniteLossError, find_nonfinite
 from himoe.train.statistics import WINDOW
 
 QUIET_STEPS = 200
@@ -81,6 +81,12 @@ def diverged(
         f"training diverged at step {step}: loss {loss:g}, gradient norm {grad_norm:g}{found}; "
         "lower train.learning_rate or raise train.warmup_steps",
     )
+
+
+def diverged_in_evaluation(step: int, error: NonFiniteLossError) -> Alarm:
+    """Return the alarm for an evaluation whose loss is NaN or infinite."""
+    place = error.place
+    return Alarm("not_finite", step, place.layer if place else None, f"training diverged by step {step}: {error}")
 
 
 class Alarms:
