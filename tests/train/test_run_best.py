@@ -84,6 +84,14 @@ def test_a_run_ends_after_evaluations_that_bring_nothing(scores, text, tmp_path)
     assert (final["step"], final["final"]) == (6, True)
 
 
+def test_an_evaluation_of_no_bytes_is_neither_the_best_nor_a_reason_to_stop(scores, text, tmp_path):
+    say(scores, None, None, None, 5.0, None, 4.0, None, None)
+    summary, printed = train(config(text, *EVERY_STEP, "train.early_stop=2"), tmp_path)
+    assert (summary["status"], summary["bits_per_byte"]) == ("finished", None)
+    assert summary["best"] == {"step": 6, "bits_per_byte": 4.0, "evaluations_since": 0}
+    assert "held-out bits per byte –" in printed
+
+
 def test_patience_survives_a_stop(scores, text, tmp_path, monkeypatch):
     say(scores, 5.0, 6.0, 7.0, 1.0, 1.0, 1.0, 1.0, 1.0)
     sets = [*EVERY_STEP, "train.early_stop=2"]
