@@ -22,7 +22,7 @@ from himoe.report import write_report
 from himoe.train.alarms import diverged_in_evaluation
 from himoe.train.best import Best
 from himoe.train.checkpoint import newest_whole
-from himoe.train.environment import describe_data, describe_environment, now
+from himoe.train.environment import describe_data, describe_environment, new_id, now
 from himoe.train.fit import COMPLETE, fit
 from himoe.train.journal import Journal, describe_evaluation
 from himoe.train.loop import DivergedError, Trainer
@@ -126,12 +126,13 @@ class _Run:
 
     def environment(self, command: list[str] | None, *, resume: bool) -> dict[str, Any]:
         """Return env.json; a resumed run adds to the one that it has."""
-        path = self.out / "env.json"
+        path, run_id = self.out / "env.json", new_id(self.config.name)
         if resume and path.exists():
             env = run_folder.read_env(self.out)
             restart = {"command": command, "started": now(), "step": self.trainer.steps_done}
-            return {**env, "resumed": [*env.get("resumed", []), restart]}
+            return {"id": run_id, **env, "resumed": [*env.get("resumed", []), restart]}
         return {
+            "id": run_id,
             **describe_environment(command),
             "data": describe_data(self.corpus),
             **({"init_from": self.start.record()} if self.start else {}),
