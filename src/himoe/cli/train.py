@@ -75,6 +75,8 @@ class Train(Verb):
         Returns 0 for a run that came to its end, 130 where Ctrl-C and 3 where an alarm stopped it at a checkpoint.
         """
         config, out = self._resumed() if self.resume else self._new()
+        if self.find_learning_rate:
+            self._refuse_what_a_search_ignores()
         if self.dry_run:
             print(json.dumps(config.model_dump(mode="json")) if self.as_json else format_document(config.model_dump()))
             return 0
@@ -127,6 +129,13 @@ class Train(Verb):
         run = existing_run(self.out) if self.out else newest_unfinished()
         stored = run / "config.json"
         return load_config(stored, sets=self.changes, overrides=_kept_weights(stored, self.changes)), run
+
+    def _refuse_what_a_search_ignores(self) -> None:
+        given = {"--out": self.out, "--force": self.force, "--profile": self.profile}
+        if clash := [name for name, value in given.items() if value]:
+            raise ConfigError(
+                f"--find-learning-rate writes no run folder; leave {' and '.join(clash)} out, or train without it"
+            )
 
     def _find_learning_rate(self, config: Config, console: Console) -> int:
         from himoe.run import range_test
