@@ -23,7 +23,7 @@ from himoe.train.alarms import diverged_in_evaluation
 from himoe.train.best import Best
 from himoe.train.checkpoint import newest_whole
 from himoe.train.environment import describe_data, describe_environment, new_id, now
-from himoe.train.fit import COMPLETE, fit
+from himoe.train.fit import fit
 from himoe.train.journal import Journal, describe_evaluation
 from himoe.train.loop import DivergedError, Trainer
 from himoe.train.lr_finder import RangeTest, find_learning_rate
@@ -149,7 +149,7 @@ class _Run:
         journal = self._journal(env)
         try:
             status = self._fit(journal, profile=profile)
-            if status in COMPLETE:
+            if status in run_folder.COMPLETE:
                 _say(self.console, "evaluating on all held-out text")
                 result = self._evaluate(None)
                 journal.evaluation_line({**result, "final": True})
@@ -164,7 +164,7 @@ class _Run:
         summary["parameters"] = env["parameters"]
         write_json(self.out / "summary.json", summary)
         self._report()
-        if status not in COMPLETE:
+        if status not in run_folder.COMPLETE:
             _say(self.console, f"{status} and saved at step {summary['step']}; go on with --resume --out {self.out}")
         return summary
 

@@ -15,9 +15,9 @@ from himoe.cli.tables import print_summary
 from himoe.config import Config, format_document, load_config
 from himoe.config.loading import parse_sets
 from himoe.errors import ConfigError
-from himoe.run_folder import run_of
+from himoe.run_folder import ALARM, INTERRUPTED, run_of
 
-EXIT = {"interrupted": 130, "stopped by an alarm": 3}
+EXIT = {INTERRUPTED: 130, ALARM: 3}
 """Exit status of a run that did not come to its end."""
 
 

@@ -7,14 +7,12 @@ checkpoint knows the evaluation of its own step.
 from collections.abc import Callable
 from typing import Any
 
+from himoe.run_folder import ALARM, FINISHED, INTERRUPTED, STOPPED_EARLY
 from himoe.train.best import Best
 from himoe.train.interrupt import StopRequest
 from himoe.train.journal import Journal, describe_evaluation
 from himoe.train.loop import Trainer
 from himoe.train.progress import TrainingProgress
-
-FINISHED, STOPPED_EARLY, INTERRUPTED, ALARM = "finished", "stopped early", "interrupted", "stopped by an alarm"
-COMPLETE = (FINISHED, STOPPED_EARLY)
 
 
 def fit(
