@@ -12,14 +12,13 @@ from rich.console import Console
 from torch import nn
 
 from himoe import run_folder
-from himoe.build import build_model
+from himoe.build import build_groups, build_model
 from himoe.config import Config
 from himoe.data import Corpus, Tokenizer, load_tokenizer, prepare
 from himoe.data.corpus import is_prepared
 from himoe.data.preparation.prepare import find_source
 from himoe.data.preparation.progress import preparing
 from himoe.errors import ConfigError, DataError
-from himoe.functional.groups import Groups
 from himoe.models import DecoderLM
 from himoe.train.checkpoint import load_model_tensors, open_checkpoint
 from himoe.train.environment import best_device
@@ -133,9 +132,7 @@ def _prepared_text(run: Path, loaded: LoadedRun, data: Path) -> dict[str, Text]:
 
 
 def _new_usage(loaded: LoadedRun) -> Usage:
-    moe = loaded.config.moe
-    groups = Groups.of(moe.groups or moe.num_groups, moe.num_experts)
-    return Usage(loaded.model.moe_layer_indices(), groups, best_device())
+    return Usage(loaded.model.moe_layer_indices(), build_groups(loaded.config.moe), best_device())
 
 
 def load_corpus(config: Config, console: Console) -> Corpus:
