@@ -48,17 +48,12 @@ class Reading:
     byte_lengths: np.ndarray | None = None
 
 
-def evaluate(model: nn.Module, text: Text, reading: Reading) -> TextScore:
-    """Score one text in eval mode; the model's mode is restored, no state and no generator moves.
+def evaluate_domains(model: nn.Module, texts: Mapping[str, Text], reading: Reading) -> dict[str, Any]:
+    """Score every domain in eval mode; return what an evaluation line of a run folder holds (docs/run-folder.md).
 
     `model` is `(token_ids (B, S), mask (B, S) or None, document_ids=(B, S) or None) → (logits (B, S, V), routings)`.
-    Raises NonFiniteLossError when the loss is not finite.
+    Its mode is restored, no state and no generator moves. Raises NonFiniteLossError when the loss is not finite.
     """
-    return _Evaluation(model, reading).read(token_pieces({"": text})).scores[""]
-
-
-def evaluate_domains(model: nn.Module, texts: Mapping[str, Text], reading: Reading) -> dict[str, Any]:
-    """Score every domain; return what an evaluation line of a run folder holds (docs/run-folder.md)."""
     return _Evaluation(model, reading).read(token_pieces(texts)).record()
 
 
