@@ -114,6 +114,11 @@ def build_router(moe: MoEConfig, dim: int) -> Router:
     return router
 
 
+def build_groups(moe: MoEConfig) -> Groups:
+    """Return the groups of experts that a configuration names, also for a router that does not choose by group."""
+    return Groups.of(moe.groups or moe.num_groups, moe.num_experts)
+
+
 def _build_preset(moe: MoEConfig, dim: int, extra: list[Balancer]) -> Router:
     assert moe.preset is not None
     preset = registry.load("presets", moe.preset)
@@ -141,7 +146,7 @@ def _build_balancer(index: int, name: str, options: dict[str, Any], moe: MoEConf
     if "num_experts" in accepted:
         given["num_experts"] = moe.num_experts
     if "groups" in accepted:
-        given["groups"] = _groups(moe)
+        given["groups"] = build_groups(moe)
     built = _call(balancer, where, options, given)
     _check_type(built, Balancer, where)
     return built
@@ -151,15 +156,11 @@ def _build_selector(name: str, moe: MoEConfig) -> Callable[..., Any]:
     selector = registry.load("selectors", name)
     if "groups" not in _parameters(selector, f"moe.selector {name!r}"):
         return partial(selector, k=moe.top_k)
-    groups = _groups(moe)
+    groups = build_groups(moe)
     if name not in registry.GROUPED_SELECTORS:
         return partial(selector, groups=groups, k=moe.top_k)
     per_group = tuple(moe.top_k_per_group or [moe.top_k // groups.num_groups] * groups.num_groups)
     return partial(selector, groups=groups, k=per_group)
-
-
-def _groups(moe: MoEConfig) -> Groups:
-    return Groups.of(moe.groups or moe.num_groups, moe.num_experts)
 
 
 def _parameters(function: Any, where: str) -> Mapping[str, inspect.Parameter]:

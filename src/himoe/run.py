@@ -19,13 +19,15 @@ from himoe.errors import HimoeError
 from himoe.files import write_json, write_text
 from himoe.models import parameter_counts
 from himoe.report import write_report
+from himoe.train.alarms import diverged_in_evaluation
 from himoe.train.best import Best
 from himoe.train.checkpoint import newest_whole
-from himoe.train.environment import describe_data, describe_environment, now
-from himoe.train.fit import COMPLETE, fit
+from himoe.train.environment import describe_data, describe_environment, new_id, now
+from himoe.train.fit import fit
 from himoe.train.journal import Journal, describe_evaluation
-from himoe.train.loop import Trainer
+from himoe.train.loop import DivergedError, Trainer
 from himoe.train.lr_finder import RangeTest, find_learning_rate
+from himoe.train.nonfinite import NonFiniteLossError
 from himoe.train.profile import Profile
 from himoe.train.progress import TrainingProgress
 from himoe.train.snapshot import restore, rewind_logs, save
@@ -111,7 +113,8 @@ class _Run:
     _scored: tuple[int, int | None, dict[str, Any]] | None = field(default=None, init=False)
 
     def resume(self, checkpoint: Path) -> None:
-        state = restore(self.trainer, checkpoint, **self._identity())
+        """Go on at a checkpoint that `_newest_checkpoint` has found whole."""
+        state = restore(self.trainer, checkpoint, **self._identity(), checked=True)
         self.seconds_before = state["seconds"]
         _say(self.console, f"resuming {self.out} at step {state['step']}")
         if state["threads"] != (threads := torch.get_num_threads()):
@@ -123,12 +126,13 @@ class _Run:
 
     def environment(self, command: list[str] | None, *, resume: bool) -> dict[str, Any]:
         """Return env.json; a resumed run adds to the one that it has."""
-        path = self.out / "env.json"
+        path, run_id = self.out / "env.json", new_id(self.config.name)
         if resume and path.exists():
             env = run_folder.read_env(self.out)
             restart = {"command": command, "started": now(), "step": self.trainer.steps_done}
-            return {**env, "resumed": [*env.get("resumed", []), restart]}
+            return {"id": run_id, **env, "resumed": [*env.get("resumed", []), restart]}
         return {
+            "id": run_id,
             **describe_environment(command),
             "data": describe_data(self.corpus),
             **({"init_from": self.start.record()} if self.start else {}),
@@ -145,11 +149,14 @@ class _Run:
         journal = self._journal(env)
         try:
             status = self._fit(journal, profile=profile)
-            if status in COMPLETE:
+            if status in run_folder.COMPLETE:
                 _say(self.console, "evaluating on all held-out text")
                 result = self._evaluate(None)
                 journal.evaluation_line({**result, "final": True})
                 _say(self.console, f"step {self.trainer.steps_done}: {describe_evaluation(result)}")
+        except DivergedError as error:
+            journal.alarm_line(error.alarm)
+            raise
         finally:
             journal.close()
         summary = {**journal.summary(status), "best": self.best.record()}
@@ -157,7 +164,7 @@ class _Run:
         summary["parameters"] = env["parameters"]
         write_json(self.out / "summary.json", summary)
         self._report()
-        if status not in COMPLETE:
+        if status not in run_folder.COMPLETE:
             _say(self.console, f"{status} and saved at step {summary['step']}; go on with --resume --out {self.out}")
         return summary
 
@@ -198,14 +205,20 @@ class _Run:
         return status
 
     def _evaluate(self, num_tokens: int | None) -> dict[str, Any]:
-        """Score the held-out text, or its first tokens, with the averaged weights where there are such."""
+        """Score the held-out text, or its first tokens, with the averaged weights where there are such.
+
+        Raises DivergedError when the loss is not finite.
+        """
         step, average = self.trainer.steps_done, self.trainer.ema
         if self._scored and self._scored[:2] == (step, num_tokens):
             return self._scored[2]
         lengths, texts = self.corpus.tokenizer.byte_lengths, held_out(self.corpus)
         texts = {name: text.prefix(num_tokens, lengths) for name, text in texts.items()}
         with average.in_place() if average else nullcontext():
-            result = score(self.config, self.trainer.model, self.corpus.tokenizer, texts)
+            try:
+                result = score(self.config, self.trainer.model, self.corpus.tokenizer, texts)
+            except NonFiniteLossError as error:
+                raise DivergedError(diverged_in_evaluation(step, error)) from error
         result |= {"weights": "averaged"} if average else {}
         self._scored = (step, num_tokens, result)
         return result

@@ -26,6 +26,11 @@ OTHER_FILES = ("report.html",)
 OTHER_FOLDERS = ("profile", "tensorboard", "wandb", "mlflow")
 CHECKPOINTS = "checkpoints"
 
+FINISHED, STOPPED_EARLY, INTERRUPTED, ALARM = "finished", "stopped early", "interrupted", "stopped by an alarm"
+"""What `status` of summary.json may be."""
+COMPLETE = (FINISHED, STOPPED_EARLY)
+"""Those of runs that came to their end."""
+
 
 def check_run_folder(out: Path, *, resume: bool = False, force: bool = False) -> None:
     """Refuse a folder that a new run may not write to, or that holds no run to resume. Changes nothing.

@@ -1,6 +1,7 @@
 """A trained run in use: its model, and its score on text. The way of `himoe eval`, and of a run's own evaluations."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,16 +12,15 @@ from rich.console import Console
 from torch import nn
 
 from himoe import run_folder
-from himoe.build import build_model
+from himoe.build import build_groups, build_model
 from himoe.config import Config
 from himoe.data import Corpus, Tokenizer, load_tokenizer, prepare
 from himoe.data.corpus import is_prepared
 from himoe.data.preparation.prepare import find_source
 from himoe.data.preparation.progress import preparing
 from himoe.errors import ConfigError, DataError
-from himoe.functional.groups import Groups
 from himoe.models import DecoderLM
-from himoe.train.checkpoint import find_checkpoint, load_checkpoint, load_model_tensors
+from himoe.train.checkpoint import load_model_tensors, open_checkpoint
 from himoe.train.environment import best_device
 from himoe.train.evaluate import Reading, evaluate_domains, evaluate_pieces
 from himoe.train.texts import Text, source_pieces, token_pieces
@@ -40,24 +40,23 @@ class LoadedRun:
 
 
 def load_run(run: Path, checkpoint: str | None = None, *, ema: bool = True) -> LoadedRun:
-    """Load the model of a run folder, in eval mode.
+    """Load the model of a run folder, in eval mode. No random generator moves.
 
     Args:
         run: the run folder.
-        checkpoint: as for `find_checkpoint`: "last" or None, "best", or a step.
+        checkpoint: as for `open_checkpoint`: "last" or None, "best", or a step.
         ema: take the averaged weights (`train.ema_decay`) where the run has them.
 
     Raises RunFolderError or CheckpointError when something is missing, damaged or foreign.
     """
     config = Config.model_validate(run_folder.read_json(run / "config.json"))
-    path = find_checkpoint(run, checkpoint)
-    saved = load_checkpoint(path, trainer=False)
+    saved = open_checkpoint(run, checkpoint, average=ema)
     tokenizer = load_tokenizer(run / "tokenizer.json")
-    model = build_model(config, tokenizer.vocab_size)
-    averaged = ema and saved.average is not None
-    load_model_tensors(model, saved.averaged_model if averaged else saved.model, path)
-    weights = "averaged" if averaged else "trained"
-    return LoadedRun(config, tokenizer, model.to(best_device()).eval(), path, saved.state["step"], weights)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # building seeds all of them
+        model = build_model(config, tokenizer.vocab_size)
+    load_model_tensors(model, saved.averaged_model, saved.path)
+    weights = "trained" if saved.average is None else "averaged"
+    return LoadedRun(config, tokenizer, model.to(best_device()).eval(), saved.path, saved.state["step"], weights)
 
 
 def evaluate(
@@ -90,7 +89,6 @@ def evaluate(
         raise ConfigError(f"--seq-len is {seq_len}; it must be at least 1")
     console = console or Console(stderr=True)
     loaded = load_run(run, checkpoint, ema=ema)
-    set_threads(loaded.config)
     texts, baselines, source = {}, {}, None
     if data is None:
         texts, baselines = _own_text(run, loaded, console)
@@ -106,7 +104,8 @@ def evaluate(
             status.update(f"evaluating {done:.0%}")
 
         pieces = source_pieces(source, loaded.tokenizer, progress) if source else token_pieces(texts, progress)
-        result = evaluate_pieces(loaded.model, pieces, reading, partial(_new_usage, loaded))
+        with threads(loaded.config):
+            result = evaluate_pieces(loaded.model, pieces, reading, partial(_new_usage, loaded))
     domains = with_baselines(result.pop("domains"), baselines, texts)
     about = {"run": str(run), "checkpoint": loaded.checkpoint.name, "step": loaded.step, "weights": loaded.weights}
     return {**about, "seq_len": reading.seq_len, "domains": domains, **result}
@@ -133,9 +132,7 @@ def _prepared_text(run: Path, loaded: LoadedRun, data: Path) -> dict[str, Text]:
 
 
 def _new_usage(loaded: LoadedRun) -> Usage:
-    moe = loaded.config.moe
-    groups = Groups.of(moe.groups or moe.num_groups, moe.num_experts)
-    return Usage(loaded.model.moe_layer_indices(), groups, best_device())
+    return Usage(loaded.model.moe_layer_indices(), build_groups(loaded.config.moe), best_device())
 
 
 def load_corpus(config: Config, console: Console) -> Corpus:
@@ -189,6 +186,17 @@ def with_baselines(
     """
     whole = {name for name, record in domains.items() if name in texts and record["bytes"] == texts[name].num_bytes}
     return {name: {**record, **(baselines.get(name, {}) if name in whole else {})} for name, record in domains.items()}
+
+
+@contextmanager
+def threads(config: Config) -> Iterator[None]:
+    """Give torch the number of threads that `config` asks for, if it does, for a while."""
+    before = torch.get_num_threads()
+    set_threads(config)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def set_threads(config: Config) -> None:

@@ -103,7 +103,6 @@ def test_a_file_with_an_equals_sign_in_its_name_is_a_file(calls):
         (["--data", "a=a.txt", "--domain-column", "topic"], "--domain-column: several --data are one domain each"),
         (["--domain-column", "topic"], "are of the text at --data"),
         (["--text-column", "body"], "are of the text at --data"),
-        (["--seq-len", "0"], "--seq-len is 0; it must be at least 1"),
     ],
 )
 def test_what_does_not_fit_is_one_line(calls, capsys, arguments, complaint):

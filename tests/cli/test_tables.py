@@ -46,6 +46,15 @@ def test_the_best_evaluation_is_named_with_the_way_to_its_checkpoint(tmp_path):
         assert "best" not in facts({**SUMMARY, "best": best}, tmp_path)
 
 
+def test_text_without_bytes_has_no_bits_per_byte(tmp_path):
+    domains = {"code": {"bits_per_byte": None, "perplexity": 12.5, "unigram": 4.5, "bigram": 3.0}}
+    domains["prose"] = {"bits_per_byte": 1.5, "perplexity": 12.5, "unigram": 4.5, "bigram": 3.0}
+    lines = facts({**SUMMARY, "bits_per_byte": None, "domains": domains}, tmp_path)
+    assert lines["code"].split()[1:] == ["–", "4.500", "3.000", "–", "12.50"]
+    assert lines["prose"].split()[1:] == ["1.500", "4.500", "3.000", "50.0", "%", "12.50"]
+    assert lines["all"].split()[2:] == ["–", "–", "–", "–", "7.39"]
+
+
 @pytest.mark.parametrize(("count", "shown", "more"), [(0, 0, False), (1, 1, False), (3, 3, False), (5, 3, True)])
 def test_alarms_are_told_again_at_the_end(tmp_path, count, shown, more):
     lines = [{"kind": "train", "step": 1, "text": "no alarm"}]

@@ -274,6 +274,21 @@ def test_resume_refuses_what_would_change_the_run(calls, capsys, extra, named):
     assert calls.train is None
 
 
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        (["--out", "x"], "--out"),
+        (["--force"], "--force"),
+        (["--profile"], "--profile"),
+        (["--profile", "--out", "x", "--force"], "--out and --force and --profile"),
+    ],
+)
+def test_finding_a_learning_rate_refuses_what_is_of_a_run_folder(calls, capsys, extra, named):
+    assert main(["train", "lm_tiny", "--find-learning-rate", *extra]) == 2
+    assert f"--find-learning-rate writes no run folder; leave {named} out" in capsys.readouterr().err
+    assert not hasattr(calls, "range_test")
+
+
 def test_report_prints_where_the_page_is(calls, capsys):
     run = store_run("runs/a", finished=True)
     assert main(["report", str(run)]) == 0

@@ -175,6 +175,7 @@ def _write_heads(path: Path, domains: tuple[str, ...], baselines: dict) -> None:
         "domains": sizes,
     }
     env = {
+        "id": "lm_demo-3fa92c1b",
         "command": ["himoe", "train", "lm_demo", "--set", "train.steps=300"],
         "started": "2026-01-30T12:00:00+00:00",
         "himoe": "0.1.0",

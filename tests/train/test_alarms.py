@@ -172,17 +172,29 @@ def test_a_resumed_run_raises_the_same_alarms():
         assert before + after == spikes(losses)
 
 
-def test_a_fault_that_comes_back_is_raised_again():
+@pytest.fixture
+def at():
+    """Return which alarms go off at a step where the largest bias is `value`."""
     trainer = make_trainer(model=TinyLM(loss_free(DIM, 8, 4)))
     alarms, bias = Alarms(trainer.model, [0]), trainer.model.moe.router.balancer.bias
 
-    def at(step, value):
+    def check(step, value):
         bias[0] = value
         return [alarm.kind for alarm in alarms.check(line(step), [])]
 
+    return check
+
+
+def test_a_fault_that_comes_back_is_raised_again(at):
     assert at(10, 5.0) == ["growing_bias"] and at(20, 5.0) == [] and at(30, 0.0) == []
     assert at(40, 5.0) == []  # too soon
     assert at(50, 0.0) == [] and at(10 + QUIET_STEPS, 5.0) == ["growing_bias"]
+
+
+def test_a_fault_that_comes_back_too_soon_and_stays_is_raised_when_it_may(at):
+    assert at(10, 5.0) == ["growing_bias"] and at(20, 0.0) == []
+    seen = {step: at(step, 5.0) for step in range(30, 2 * QUIET_STEPS + 60, 10)}
+    assert [step for step, kinds in seen.items() if kinds] == [10 + QUIET_STEPS]  # and once
 
 
 # Where NaN and infinity begin

@@ -8,7 +8,7 @@ from himoe.nn import moe_layers
 from himoe.presets import loss_free
 from himoe.run_folder import read_log
 from himoe.train.alarms import diverged
-from himoe.train.journal import Journal
+from himoe.train.journal import Journal, describe_evaluation
 
 TRAIN = {
     "kind",
@@ -82,6 +82,12 @@ def test_the_share_of_waiting_is_of_the_interval(tmp_path):
         trainer.step_seconds, trainer.batches.wait_seconds = before[0] + steps, before[1] + waited
         shares.append(journal.training_line()["data_wait"])
     assert shares == pytest.approx([0.25, 0.5, 0.0])
+
+
+def test_an_evaluation_in_one_line():
+    assert describe_evaluation(EVALUATION) == "held-out bits per byte 1.500 (code 1.500)"
+    nothing = {"bits_per_byte": None, "domains": {"a": {"bits_per_byte": None}, "b": {"bits_per_byte": 0.5}}}
+    assert describe_evaluation(nothing) == "held-out bits per byte – (a –, b 0.500)"
 
 
 def test_alarms_stand_in_the_metrics_after_their_line(tmp_path):

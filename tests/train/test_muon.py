@@ -79,6 +79,27 @@ def test_weights_decay_by_the_learning_rate_alone():
     assert torch.allclose(weight, torch.tensor(1 - 0.05 * 0.5))
 
 
+def test_a_matrix_without_a_gradient_only_decays_and_its_momentum_too():
+    """Experts 1 and 2 get no tokens after the first step, expert 2 one again in the last; nor does a fused part."""
+    gradients = [randn(3, 12, 6, seed=i) for i in range(1, 5)]
+    for gradient in gradients[1:]:
+        gradient[1] = gradient[2] = 0
+        gradient[0, 8:] = 0
+    gradients[-1][2] = 1e-6 * randn(12, 6, seed=9)
+    weight = torch.nn.Parameter(randn(3, 12, 6))
+    optimizer, decay = muon(weight, (8, 4), weight_decay=0.1), 1 - 0.05 * 0.1
+    steps(optimizer, weight, gradients[:1])
+    for gradient in gradients[1:3]:
+        before, momentum = weight.detach().clone(), optimizer.state[weight]["momentum"].clone()
+        steps(optimizer, weight, [gradient])
+        assert torch.equal(weight[1:], decay * before[1:]) and torch.equal(weight[0, 8:], decay * before[0, 8:])
+        assert (weight[0, :8] - decay * before[0, :8]).abs().max() > 1e-3
+        assert torch.allclose(optimizer.state[weight]["momentum"][1:], 0.95 * momentum[1:])
+    before = weight.detach().clone()
+    steps(optimizer, weight, gradients[3:])
+    assert (weight[2] - decay * before[2]).abs().max() > 1e-3
+
+
 def test_all_other_parameters_go_as_in_adamw():
     gradients = [randn(6, 3, seed=i) for i in range(1, 5)]
     mine, theirs = (torch.nn.Parameter(randn(6, 3)) for _ in range(2))

@@ -9,8 +9,9 @@ from test_run_stops import interrupt_after
 
 from himoe import run, trained
 from himoe.errors import CheckpointError, HimoeWarning, RunFolderError
+from himoe.train import checkpoint
 from himoe.train.alarms import Alarm, Alarms
-from himoe.train.checkpoint import find_checkpoint
+from himoe.train.checkpoint import open_checkpoint
 
 EVERY_STEP = ["train.eval_every=1", "train.checkpoint_every=100", "train.keep_checkpoints=1", "data.eval_tokens=64"]
 
@@ -38,8 +39,8 @@ def test_the_best_checkpoint_stays_beside_the_last(scores, text, tmp_path):
     summary, _ = train(config(text, *EVERY_STEP), tmp_path)
     assert checkpoints(tmp_path) == [3, 8]
     assert summary["best"] == {"step": 3, "bits_per_byte": 3.0, "evaluations_since": 5}
-    assert find_checkpoint(tmp_path, "best").name == "step-00000003"
-    assert find_checkpoint(tmp_path, "last") == find_checkpoint(tmp_path) == find_checkpoint(tmp_path, "8")
+    assert open_checkpoint(tmp_path, "best").path.name == "step-00000003"
+    assert {open_checkpoint(tmp_path, name).path.name for name in ("last", None, "8")} == {"step-00000008"}
 
 
 def test_the_last_step_may_be_the_best(scores, text, tmp_path):
@@ -61,17 +62,17 @@ def test_the_best_need_not_stay(scores, text, tmp_path):
     train(config(text, *EVERY_STEP, "train.keep_best=false"), tmp_path)
     assert checkpoints(tmp_path) == [8]
     with pytest.raises(CheckpointError, match=r"^the best checkpoint, step-00000001, does not exist; there are step-"):
-        find_checkpoint(tmp_path, "best")
+        open_checkpoint(tmp_path, "best")
 
 
 def test_a_run_without_an_evaluation_has_no_best(text, tmp_path, monkeypatch):
     with pytest.raises(RunFolderError, match="has no checkpoint yet"):
-        find_checkpoint(tmp_path, "best")
+        open_checkpoint(tmp_path, "best")
     interrupt_after(monkeypatch, signal.SIGINT, 2)
     summary, _ = train(config(text), tmp_path)
     assert summary["best"] is None
     with pytest.raises(CheckpointError, match="has no best checkpoint: it has not been evaluated yet; there are step-"):
-        find_checkpoint(tmp_path, "best")
+        open_checkpoint(tmp_path, "best")
 
 
 def test_a_run_ends_after_evaluations_that_bring_nothing(scores, text, tmp_path):
@@ -81,6 +82,14 @@ def test_a_run_ends_after_evaluations_that_bring_nothing(scores, text, tmp_path)
     assert checkpoints(tmp_path) == [4, 6]
     final = lines(tmp_path / "metrics.jsonl")[-1]
     assert (final["step"], final["final"]) == (6, True)
+
+
+def test_an_evaluation_of_no_bytes_is_neither_the_best_nor_a_reason_to_stop(scores, text, tmp_path):
+    say(scores, None, None, None, 5.0, None, 4.0, None, None)
+    summary, printed = train(config(text, *EVERY_STEP, "train.early_stop=2"), tmp_path)
+    assert (summary["status"], summary["bits_per_byte"]) == ("finished", None)
+    assert summary["best"] == {"step": 6, "bits_per_byte": 4.0, "evaluations_since": 0}
+    assert "held-out bits per byte –" in printed
 
 
 def test_patience_survives_a_stop(scores, text, tmp_path, monkeypatch):
@@ -166,9 +175,58 @@ def test_divergence_is_an_alarm_in_the_log(text, tmp_path, monkeypatch):
     assert not (tmp_path / "summary.json").exists() and read(tmp_path / "config.json")
 
 
+@pytest.mark.parametrize(("sets", "number"), [((), 4), (("train.eval_every=100",), 8)], ids=["on the way", "last"])
+def test_divergence_that_an_evaluation_finds_is_an_alarm_too(text, tmp_path, monkeypatch, sets, number):
+    step = run.Trainer.step
+
+    def broken(self, **how):
+        step(self, **how)
+        if self.steps_done == number:
+            self.model.blocks[1].attention.out_proj.weight.data[0] = float("nan")
+
+    monkeypatch.setattr(run.Trainer, "step", broken)
+    with pytest.raises(run.HimoeError, match=rf"by step {number}: the held-out loss is nan \(first not finite: .*1\)"):
+        train(config(text, *sets), tmp_path)
+    last = lines(tmp_path / "metrics.jsonl")[-1]
+    assert (last["kind"], last["alarm"], last["layer"], last["step"]) == ("alarm", "not_finite", 1, number)
+    assert "the weight of blocks.1.attention.out_proj.weight" in last["text"]
+    assert not (tmp_path / f"checkpoints/step-{number:08}").exists()
+
+
 def test_a_damaged_newest_checkpoint_is_named_where_an_older_one_is_used(text, tmp_path):
     train(config(text, "train.checkpoint_every=4"), tmp_path)
     with (tmp_path / "checkpoints" / "step-00000008" / "model.safetensors").open("ab") as file:
         file.write(b"more")
     with pytest.warns(HimoeWarning, match=r"step-00000008 is damaged: .*; an older one is used"):
-        assert find_checkpoint(tmp_path).name == "step-00000004"
+        assert open_checkpoint(tmp_path).path.name == "step-00000004"
+
+
+def test_only_what_is_read_need_be_whole(text, tmp_path):
+    train(config(text, "train.ema_decay=0.9"), tmp_path)
+    newest = tmp_path / "checkpoints/step-00000008"
+    (newest / "optimizer.safetensors").write_bytes(b"")
+    assert trained.load_run(tmp_path).step == 8
+    (newest / "ema.safetensors").write_bytes(b"")
+    assert trained.load_run(tmp_path, ema=False).step == 8
+    with pytest.warns(HimoeWarning, match=r"ema\.safetensors has 0 bytes"):
+        assert trained.load_run(tmp_path).step == 4
+    with pytest.raises(CheckpointError, match=r"ema\.safetensors has 0 bytes"):
+        trained.load_run(tmp_path, "8")
+    (newest / "state.json").unlink()
+    with pytest.warns(HimoeWarning, match=r"it has no state\.json; an older one is used"):
+        assert trained.load_run(tmp_path, "best").step == 4
+
+
+@pytest.mark.parametrize("name", [None, "best", "8"])
+def test_every_file_that_is_read_is_checked_once(text, tmp_path, monkeypatch, name):
+    out, seen, fingerprint = tmp_path / "run", [], checkpoint._fingerprint
+    train(config(text, "train.ema_decay=0.9"), out)
+    monkeypatch.setattr(checkpoint, "_fingerprint", lambda path: seen.append(path.name) or fingerprint(path))
+    trained.load_run(out, name)
+    assert sorted(seen) == ["ema.safetensors", "model.safetensors"]
+    seen.clear()
+    trained.load_run(out, name, ema=False)
+    assert seen == ["model.safetensors"]
+    seen.clear()
+    train(config(text, "train.ema_decay=0.9"), out, resume=True)
+    assert sorted(seen) == ["ema.safetensors", "model.safetensors", "optimizer.safetensors"]

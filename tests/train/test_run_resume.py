@@ -29,6 +29,17 @@ def test_resuming_leaves_the_tokenizer_alone(text, tmp_path, monkeypatch):
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
+def test_a_run_keeps_its_id_under_another_name_and_in_another_folder(text, tmp_path):
+    ids = []
+    for name in ("one", "two"):
+        train(config(text, *SHORT), tmp_path / name)
+        ids.append(read(tmp_path / name / "env.json")["id"])
+    assert ids[0] != ids[1] and all(run_id.startswith("lm_tiny-") for run_id in ids)
+    (tmp_path / "one").rename(tmp_path / "moved")
+    train(config(text, *SHORT, "name=another"), tmp_path / "moved", resume=True)
+    assert read(tmp_path / "moved/env.json")["id"] == ids[0]
+
+
 def test_a_damaged_environment_is_one_line(text, tmp_path):
     train(config(text, *SHORT), tmp_path)
     env = read(tmp_path / "env.json")

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from run_case import config, lines, train
 
 from himoe import trained
@@ -136,3 +137,19 @@ def test_scoring_changes_nothing_in_the_run_folder(finished, poems):
     evaluate(finished[0])
     evaluate(finished[0], data=poems, text_column="body")
     assert content() == before
+
+
+def test_scoring_leaves_random_generators_and_threads_as_they_were(finished, monkeypatch):
+    seen, read = [], trained.evaluate_pieces
+    monkeypatch.setattr(trained, "evaluate_pieces", lambda *of: seen.append(torch.get_num_threads()) or read(*of))
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    torch.manual_seed(5)
+    states = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    try:
+        evaluate(finished[0])
+        assert (seen, torch.get_num_threads()) == ([1], before + 1)  # the run has train.threads = 1
+    finally:
+        torch.set_num_threads(before)
+    after = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    assert all(map(torch.equal, states, after))

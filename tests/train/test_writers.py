@@ -12,7 +12,7 @@ from himoe.run_folder import clear_run_folder
 from himoe.train import writers
 from himoe.train.writers import Guarded, JsonLines, RunIdentity, check_writers, flatten, open_writers
 
-ENV = {"started": "2026-01-01T00:00:00+00:00", "command": ["himoe", "train"]}
+ENV = {"id": "x-0123abcd", "started": "2026-01-01T00:00:00+00:00", "command": ["himoe", "train"]}
 TRAIN = {"kind": "train", "step": 10, "loss": 2.5, "aux": {"switch": 0.25}, "noise_scale": None, "max_vio": 1}
 LOAD = {"step": 10, "layers": [{"layer": 3, "load": [4, 4], "max_vio_window": 0.5, "dead_experts": []}]}
 EVAL = {"kind": "eval", "step": 20, "loss": 2.0, "domains": {"code": {"bits_per_byte": 1.5}}}
@@ -41,7 +41,10 @@ class Broken:
 def test_numbers_get_names_for_charts():
     assert flatten(TRAIN) == {"train/loss": 2.5, "train/aux/switch": 0.25, "train/max_vio": 1.0}
     assert flatten(LOAD) == {"layer/3/max_vio_window": 0.5}
-    assert flatten(EVAL) == {"eval/loss": 2.0, "eval/code/bits_per_byte": 1.5}
+    assert flatten(EVAL) == {"eval/loss": 2.0, "eval/domain/code/bits_per_byte": 1.5}
+    named_alike = {"loss": {"loss": 3.0}, "domain": {"loss": 4.0}}
+    names = {"eval/loss": 2.0, "eval/domain/loss/loss": 3.0, "eval/domain/domain/loss": 4.0}
+    assert flatten({**EVAL, "domains": named_alike}) == names
     assert flatten({**EVAL, "final": True}) == flatten(EVAL)
     assert flatten(ALARM) == {}
 
@@ -105,12 +108,10 @@ def test_the_json_lines_go_to_two_files(tmp_path):
     assert json.loads((tmp_path / "load.jsonl").read_text()) == LOAD
 
 
-def test_a_resumed_run_has_the_same_identity_and_another_run_another(tmp_path):
+def test_a_run_has_the_identity_of_its_environment_wherever_it_lies(tmp_path):
     one = identity(tmp_path / "one")
-    assert one.id == identity(tmp_path / "one", step=10).id == identity(tmp_path / "moved" / "one").id
-    assert one.id != identity(tmp_path / "two").id
-    later = {**ENV, "started": "2026-01-01T00:00:01+00:00"}
-    assert one.id != RunIdentity.of(tmp_path / "one", {}, later).id
+    assert one.id == identity(tmp_path / "renamed", step=10).id == "x-0123abcd"
+    assert (one.name, identity(tmp_path / "renamed").name) == ("one", "renamed")
     assert one.config == {"name": "x", "train.steps": 20, "train.betas": [0.9, 0.95]}
 
 
@@ -144,7 +145,7 @@ def test_tensorboard_shows_numbers_and_alarms_and_hides_what_was_cut_back(tmp_pa
         "train/max_vio",
         "layer/3/max_vio_window",
         "eval/loss",
-        "eval/code/bits_per_byte",
+        "eval/domain/code/bits_per_byte",
     }
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(10, 2.5), (20, 2.25)]
     assert events.Scalars("eval/loss") == []  # of step 20, beyond the checkpoint of step 10

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import himoe
 from himoe.balance import Switch, TwoLevelTerms
 from himoe.functional import stats
-from himoe.train.evaluate import Reading, evaluate
+from himoe.train.evaluate import Reading, evaluate_domains
 from himoe.train.optimizer import build_optimizer, decay_groups
 from himoe.train.texts import Text
 
@@ -28,11 +28,12 @@ def test_evaluation_loss_is_cross_entropy_and_moves_nothing(name):
             module.lambda_intra = module.lambda_inter = 1e6
     before, generator = state_of(model), torch.get_rng_state()
     tokens = token_ids(1, 24).numpy().ravel()
-    score = evaluate(model, Text(tokens, 24), Reading(0, seq_len=24, batch_size=2, cross_documents=True)).total
+    reading = Reading(0, seq_len=24, batch_size=2, cross_documents=True)
+    loss = evaluate_domains(model, {"a": Text(tokens, 24)}, reading)["loss"]
     inputs = torch.from_numpy(np.concatenate([[0], tokens[:-1]]))[None]
     with torch.no_grad():
         logits, _ = model.eval()(inputs)
-    assert score.loss == pytest.approx(F.cross_entropy(logits[0], torch.from_numpy(tokens)).item(), rel=1e-5)
+    assert loss == pytest.approx(F.cross_entropy(logits[0], torch.from_numpy(tokens)).item(), rel=1e-5)
     assert same(before, state_of(model)) and torch.equal(generator, torch.get_rng_state())
 
 

@@ -1,11 +1,14 @@
 """No recipe lets a token see what it must not: later tokens, padding, other documents of its row."""
 
+import dataclasses
+
 import pytest
 import torch
 from small_recipe import END, VOCAB, small_recipe, tokens
 from torch.nn import functional as F
 
 import himoe
+from himoe.balance import Balancer, LogitCorrection
 from himoe.config import recipe_names
 from himoe.functional import stats
 from himoe.train.batches import document_ids
@@ -35,7 +38,12 @@ def after_one_step(model, ids, mask, documents=None):
     found |= {f"count {layer}": stats.selected_load(routing) for layer, routing in enumerate(routings)}
     found |= {f"gradient {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     himoe.observe(model, routings)
-    found |= {f"sum {name}": buffer.clone() for name, buffer in model.named_buffers()}
+    found |= {
+        f"sum {name} {key}": value.clone()
+        for name, part in model.named_modules()
+        if isinstance(part, Balancer)
+        for key, value in part.sums.items()
+    }
     himoe.step(model)
     return found | {f"state {name}": buffer.clone() for name, buffer in model.named_buffers()}
 
@@ -43,7 +51,7 @@ def after_one_step(model, ids, mask, documents=None):
 def assert_same(one, other):
     assert one.keys() == other.keys()
     for name, value in one.items():
-        tolerance = 1e-6 if name.startswith(("state", "sum")) else 1e-9  # balancers keep fp32
+        tolerance = 1e-6 if name.startswith("state") else 1e-9  # balancers keep fp32
         torch.testing.assert_close(other[name], value, rtol=tolerance, atol=tolerance, msg=f"{name} differs")
 
 
@@ -90,6 +98,20 @@ def test_padding_changes_nothing(name, before, after):
     assert_same(alone, after_one_step(small_recipe(name), padded, mask))
     unmasked = small_recipe(name)(padded)[0][:, before : before + 7].flatten(0, 1)
     assert before == 0 or (unmasked - alone["logits"]).abs().max() > SHOWS  # it is the mask that hides them
+
+
+def test_the_padding_test_notices_padding_in_the_sums(monkeypatch):
+    observe = LogitCorrection.observe
+
+    def forgetful(self, routing):
+        observe(self, routing.replace(context=dataclasses.replace(routing.context, mask=None)))
+
+    monkeypatch.setattr(LogitCorrection, "observe", forgetful)
+    ids = tokens(2, 7)
+    alone = after_one_step(small_recipe("lm_small"), ids, None)
+    padded = after_one_step(small_recipe("lm_small"), F.pad(ids, (0, 4)), torch.arange(11).lt(7).expand(2, -1))
+    with pytest.raises(AssertionError, match=r"^sum \S+ logits differs"):
+        assert_same(alone, padded)
 
 
 # --- document borders

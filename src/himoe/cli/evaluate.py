@@ -55,8 +55,6 @@ class Eval(Verb):
             raise ConfigError("--text-column and --domain-column are of the text at --data, which was not given")
         if isinstance(data, dict) and self.domain_column:
             raise ConfigError("--domain-column: several --data are one domain each; leave one of the two out")
-        if self.seq_len is not None and self.seq_len < 1:
-            raise ConfigError(f"--seq-len is {self.seq_len}; it must be at least 1")
         from himoe.trained import evaluate
 
         console = Console(stderr=self.as_json)

@@ -5,7 +5,7 @@ from itertools import chain, count
 from pathlib import Path
 
 from himoe.errors import RunFolderError
-from himoe.run_folder import is_in_use, is_run_folder, no_run_folder, read_json
+from himoe.run_folder import COMPLETE, is_in_use, is_run_folder, no_run_folder, read_json
 
 RUNS = Path("runs")
 
@@ -42,6 +42,6 @@ def _written(path: Path) -> float:
 
 def _finished(run: Path) -> bool:
     try:
-        return read_json(run / "summary.json").get("status") in ("finished", "stopped early")
+        return read_json(run / "summary.json").get("status") in COMPLETE
     except RunFolderError:
         return False

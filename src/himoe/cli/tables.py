@@ -124,7 +124,8 @@ def print_domains(console: Console, result: Mapping[str, Any]) -> None:
         baselines = []
         if compared:
             unigram, bigram = values.get("unigram"), values.get("bigram")
-            share = f"{100 * (1 - values['bits_per_byte'] / bigram):.1f} %" if bigram else "–"
+            bits = values["bits_per_byte"]
+            share = f"{100 * (1 - bits / bigram):.1f} %" if bigram and bits is not None else "–"
             baselines = [_number(unigram), _number(bigram), share]
         table.add_row(escape(name), _number(values["bits_per_byte"]), *baselines, f"{values['perplexity']:,.2f}")
     if len(result["domains"]) > 1 and result.get("loss") is not None:

@@ -1,6 +1,7 @@
 """`himoe train`: from a recipe or a file to a trained model in a run folder."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,10 +13,11 @@ from himoe.cli.folders import existing_run, new_folder, newest_unfinished
 from himoe.cli.parsing import Verb, option
 from himoe.cli.tables import print_summary
 from himoe.config import Config, format_document, load_config
+from himoe.config.loading import parse_sets
 from himoe.errors import ConfigError
-from himoe.run_folder import run_of
+from himoe.run_folder import ALARM, INTERRUPTED, run_of
 
-EXIT = {"interrupted": 130, "stopped by an alarm": 3}
+EXIT = {INTERRUPTED: 130, ALARM: 3}
 """Exit status of a run that did not come to its end."""
 
 
@@ -73,6 +75,8 @@ class Train(Verb):
         Returns 0 for a run that came to its end, 130 where Ctrl-C and 3 where an alarm stopped it at a checkpoint.
         """
         config, out = self._resumed() if self.resume else self._new()
+        if self.find_learning_rate:
+            self._refuse_what_a_search_ignores()
         if self.dry_run:
             print(json.dumps(config.model_dump(mode="json")) if self.as_json else format_document(config.model_dump()))
             return 0
@@ -123,7 +127,15 @@ class Train(Verb):
                 "run"
             )
         run = existing_run(self.out) if self.out else newest_unfinished()
-        return load_config(run / "config.json", sets=self.changes), run
+        stored = run / "config.json"
+        return load_config(stored, sets=self.changes, overrides=_kept_weights(stored, self.changes)), run
+
+    def _refuse_what_a_search_ignores(self) -> None:
+        given = {"--out": self.out, "--force": self.force, "--profile": self.profile}
+        if clash := [name for name, value in given.items() if value]:
+            raise ConfigError(
+                f"--find-learning-rate writes no run folder; leave {' and '.join(clash)} out, or train without it"
+            )
 
     def _find_learning_rate(self, config: Config, console: Console) -> int:
         from himoe.run import range_test
@@ -131,3 +143,12 @@ class Train(Verb):
         found = range_test(config, console=console)
         print(json.dumps(found.as_dict()) if self.as_json else found)
         return 0
+
+
+def _kept_weights(stored: Path, changes: Sequence[str]) -> dict[str, Any]:
+    """Return the stored `data.weights` unless the changes name others: text that has moved is mixed as before."""
+    weights = load_config(stored).data.weights
+    given = parse_sets(changes).get("data")
+    if weights is None or not isinstance(given, dict) or "weights" in given:
+        return {}
+    return {"data": {"weights": weights}}

@@ -65,10 +65,6 @@ class TrainingOrder:
         domain, place = (0, i) if self.mixture is None else self.mixture.place(i)
         return self._texts[domain].window(place)
 
-    def domain(self, i: int) -> str | None:
-        """Return the domain of sample `i` of a mixture; None without weights, where a window may span domains."""
-        return None if self.mixture is None else self.mixture.names[self.mixture.place(i)[0]]
-
 
 class _Shuffled:
     """The windows of one text, epoch after epoch, each epoch in its own order."""

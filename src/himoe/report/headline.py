@@ -6,8 +6,8 @@ from himoe.registry import GROUPED_PRESETS, GROUPED_SELECTORS
 from himoe.report.numbers import count, duration, saved, show, size, text_of
 from himoe.report.read import RunFolder, number, table
 from himoe.report.thinning import mean
+from himoe.run_folder import COMPLETE
 
-COMPLETE = ("finished", "stopped early")
 SHOWN_ALARMS = 5
 
 

@@ -52,8 +52,7 @@ def measure_overhead(config: Config, *, steps: int, folder: Path, console: Conso
     """Train `steps` steps and return shares of the step time, by part, and `data_wait`."""
     set_threads(config)
     trainer = build_trainer(config, load_corpus(config, console), None)
-    env = {"started": "", "command": None}
-    identity = RunIdentity.of(folder, config.model_dump(mode="json"), env)
+    identity = RunIdentity.of(folder, config.model_dump(mode="json"), {"id": "overhead"})
     journal = Journal(folder, trainer, writers=open_writers(config.train.log_to, identity))
     watch = _instrument(trainer, journal)
     _train(trainer, journal, WARM_UP, config.train.log_every)

@@ -1,8 +1,9 @@
 """Alarms: faults of training that the numbers of a log line show, each with what to do about it.
 
 They look at values that are on the host anyway when a line is written, and at the biases of loss-free balancing. An
-alarm goes off when its fault appears, and again only after the fault was gone and `QUIET_STEPS` have passed. What they
-remember goes into every checkpoint, so a resumed run raises the alarms of an undisturbed one.
+alarm goes off when its fault appears, and again only after the fault was gone and `QUIET_STEPS` have passed: a fault
+that comes back earlier and stays is raised once they have. What they remember goes into every checkpoint, so a resumed
+run raises the alarms of an undisturbed one.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from himoe.balance.loss_free import LossFree
 from himoe.functional import scores
 from himoe.functional.selection import top_k_per_group
 from himoe.nn import MoE, moe_layers
-from himoe.train.nonfinite import find_nonfinite
+from himoe.train.nonfinite import NonFiniteLossError, find_nonfinite
 from himoe.train.statistics import WINDOW
 
 QUIET_STEPS = 200
@@ -82,6 +83,12 @@ def diverged(
     )
 
 
+def diverged_in_evaluation(step: int, error: NonFiniteLossError) -> Alarm:
+    """Return the alarm for an evaluation whose loss is NaN or infinite."""
+    place = error.place
+    return Alarm("not_finite", step, place.layer if place else None, f"training diverged by step {step}: {error}")
+
+
 class Alarms:
     """Judges every log line of one run.
 
@@ -113,7 +120,7 @@ class Alarms:
             found += [*_routing(step, record, self._layers[record["layer"]]), *_dead(step, record)]
         now = {(alarm.kind, alarm.layer): alarm for alarm in found}
         new = {key: alarm for key, alarm in now.items() if key not in self._active and self._is_quiet(key, step)}
-        self._active = set(now)
+        self._active = {key for key in now if key in self._active or key in new}  # not those held back: they may stay
         self._raised |= {key: step for key in new}  # noqa: C420 - fromkeys loses the type
         return list(new.values())
 

@@ -23,8 +23,10 @@ class Best:
     bits_per_byte: float | None = None
     since: int = 0
 
-    def offer(self, step: int, bits_per_byte: float) -> bool:
-        """Take note of an evaluation and return whether it is the best so far."""
+    def offer(self, step: int, bits_per_byte: float | None) -> bool:
+        """Take note of an evaluation and return whether it is the best so far; None, of no bytes, tells nothing."""
+        if bits_per_byte is None:
+            return False
         if self.bits_per_byte is not None and bits_per_byte >= self.bits_per_byte:
             self.since += 1
             return False

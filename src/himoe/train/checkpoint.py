@@ -29,12 +29,12 @@ from himoe.run_folder import CHECKPOINTS
 
 FORMAT = 1
 TEMPORARY = ".tmp-"
-MODEL, TRAINER, AVERAGE = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
+MODEL, TRAINER, AVERAGE = PARTS = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One whole checkpoint in memory: the tensors of the model and of the trainer, the averages, and `state.json`."""
+    """A checkpoint in memory: tensors of the model and, where read, of the trainer, the averages, and `state.json`."""
 
     path: Path
     model: dict[str, Tensor]
@@ -121,8 +121,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name)), key=step_of)
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's `state.json`, after comparing every file with the size and sha256 it records.
+def read_state(path: Path, *, check: Collection[str] = PARTS) -> dict[str, Any]:
+    """Return a checkpoint's `state.json`, after comparing the files in `check` with the size and sha256 it records.
 
     Raises CheckpointError naming the first file that is missing or damaged.
     """
@@ -140,6 +140,8 @@ def read_state(path: Path) -> dict[str, Any]:
     if path.name != f"step-{state['step']:08}":
         raise CheckpointError(f"checkpoint {path} is damaged: its state.json is of step {state['step']}")
     for name, (size, digest) in files.items():
+        if name not in check:
+            continue
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"checkpoint {path} is damaged: {name} is missing")
@@ -154,29 +156,33 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(path: Path, *, trainer: bool = True) -> Checkpoint:
-    """Read a checkpoint that has been found whole, without the trainer's tensors where only the model is wanted.
+def load_checkpoint(path: Path, *, parts: Collection[str] = PARTS, checked: bool = False) -> Checkpoint:
+    """Read a checkpoint.
+
+    Args:
+        path: its folder.
+        parts: the files to read; the averages only where there are some.
+        checked: `newest_whole` has just found these files whole, which takes as long as reading them.
 
     Raises CheckpointError for a missing or damaged file.
     """
-    state = read_state(path)
+    state = read_state(path, check=() if checked else parts)
     try:
-        model, rest = load_file(path / MODEL), load_file(path / TRAINER) if trainer else {}
-        average = load_file(path / AVERAGE) if AVERAGE in state["files"] else None
+        tensors = {name: load_file(path / name) for name in parts if name in state["files"]}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: its tensors cannot be read ({error})") from error
-    return Checkpoint(path, model, rest, average, state)
+    return Checkpoint(path, tensors[MODEL], tensors.get(TRAINER, {}), tensors.get(AVERAGE), state)
 
 
-def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest undamaged checkpoint and one line for each newer one that is damaged.
+def newest_whole(folder: Path, *, parts: Collection[str] = PARTS) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint whose `parts` are undamaged, and one line for each newer one that is damaged.
 
     Returns None when the folder holds no checkpoint. Raises CheckpointError when it holds only damaged ones.
     """
     damage = []
     for path in reversed(list_checkpoints(folder)):
         try:
-            read_state(path)
+            read_state(path, check=parts)
         except CheckpointError as error:
             damage.append(str(error))
         else:
@@ -186,28 +192,25 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
-def find_checkpoint(run: Path, name: str | None = None) -> Path:
-    """Return a checkpoint of a run folder by its name.
+def open_checkpoint(run: Path, name: str | None = None, *, average: bool = True) -> Checkpoint:
+    """Read the model of a checkpoint of a run folder by its name.
 
     Args:
         run: the run folder.
         name: "last" or None, the newest whole one; "best", the one with the best evaluation during training; or a
             step, as "step-00000100" or "100".
+        average: also the averages, where there are some.
 
-    Raises RunFolderError when the run has no checkpoint yet, CheckpointError when it has no such one.
+    Raises RunFolderError when the run has no checkpoint yet, CheckpointError when it has no such one, or a damaged one.
     """
-    folder = run / CHECKPOINTS
+    folder, parts = run / CHECKPOINTS, (MODEL, AVERAGE) if average else (MODEL,)
     if not (known := list_checkpoints(folder)):
         raise RunFolderError(f"{run} has no checkpoint yet; train on with --resume")
     listed = f"there are {', '.join(path.name for path in known)}"
-    if name in (None, "last", "best"):
-        newest, damage = newest_whole(folder)
-        assert newest is not None, "there are some"
-        for line in damage:
-            warnings.warn(f"{line}; an older one is used", HimoeWarning, stacklevel=2)
-        if name != "best":
-            return newest
-        best = read_state(newest).get("best")
+    if name in (None, "last"):
+        return load_checkpoint(_newest(folder, parts), parts=parts, checked=True)
+    if name == "best":
+        best = read_state(_newest(folder, ()), check=()).get("best")
         if not best:
             raise CheckpointError(f"{run} has no best checkpoint: it has not been evaluated yet; {listed}")
         found = folder / f"step-{best['step']:08}"
@@ -216,7 +219,16 @@ def find_checkpoint(run: Path, name: str | None = None) -> Path:
         found = folder / (f"step-{int(name):08}" if name.isdecimal() else name)
     if found not in known:
         raise CheckpointError(f"{name} does not exist; {listed}")
-    return found
+    return load_checkpoint(found, parts=parts)
+
+
+def _newest(folder: Path, parts: Collection[str]) -> Path:
+    """Return the newest checkpoint whose `parts` are whole, with a warning for each newer one; there are some."""
+    newest, damage = newest_whole(folder, parts=parts)
+    assert newest is not None, "there are some"
+    for line in damage:
+        warnings.warn(f"{line}; an older one is used", HimoeWarning, stacklevel=3)
+    return newest
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

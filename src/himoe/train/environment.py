@@ -2,6 +2,7 @@
 
 import os
 import platform
+import secrets
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -45,6 +46,11 @@ def describe_data(corpus: Corpus) -> dict[str, Any]:
             for name, file in corpus.held_out.items()
         },
     }
+
+
+def new_id(name: str) -> str:
+    """Return what tells a run from every other: its name and eight random digits, no matter what the seed is."""
+    return f"{name}-{secrets.token_hex(4)}"
 
 
 def best_device() -> torch.device:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from himoe.errors import DataError, HimoeError
+from himoe.errors import DataError
+from himoe.train.nonfinite import NonFiniteLossError, find_nonfinite
 from himoe.train.scores import Buckets, Score, TextScore
 from himoe.train.texts import Piece, Text, token_pieces
 from himoe.train.usage import Usage, domain_information
@@ -47,17 +48,12 @@ class Reading:
     byte_lengths: np.ndarray | None = None
 
 
-def evaluate(model: nn.Module, text: Text, reading: Reading) -> TextScore:
-    """Score one text in eval mode; the model's mode is restored, no state and no generator moves.
+def evaluate_domains(model: nn.Module, texts: Mapping[str, Text], reading: Reading) -> dict[str, Any]:
+    """Score every domain in eval mode; return what an evaluation line of a run folder holds (docs/run-folder.md).
 
     `model` is `(token_ids (B, S), mask (B, S) or None, document_ids=(B, S) or None) → (logits (B, S, V), routings)`.
-    Raises HimoeError when the loss is not finite.
+    Its mode is restored, no state and no generator moves. Raises NonFiniteLossError when the loss is not finite.
     """
-    return _Evaluation(model, reading).read(token_pieces({"": text})).scores[""]
-
-
-def evaluate_domains(model: nn.Module, texts: Mapping[str, Text], reading: Reading) -> dict[str, Any]:
-    """Score every domain; return what an evaluation line of a run folder holds (docs/run-folder.md)."""
     return _Evaluation(model, reading).read(token_pieces(texts)).record()
 
 
@@ -108,11 +104,6 @@ class _Evaluation:
             self.model.train(was_training)
         if not self.scores:
             raise DataError("there is no text to score: every document is empty")
-        for score in self.scores.values():
-            if not math.isfinite(score.nats):
-                raise HimoeError(
-                    f"the held-out loss is {score.nats}: the weights have diverged; lower train.learning_rate"
-                )
         return self
 
     def record(self) -> dict[str, Any]:
@@ -159,8 +150,12 @@ class _Windows:
         real = np.arange(len(inputs) + -len(inputs) % seq_len) < len(inputs)
         inputs = np.pad(inputs, (0, len(real) - len(inputs)), constant_values=end)
         starts = (inputs == end) & real  # an end, as input, opens the document that it is followed by
-        windows = (values.reshape(-1, seq_len) for values in (inputs, real, starts))
+        windows = [values.reshape(-1, seq_len) for values in (inputs, real, starts)]
         nats, routings = self._predict(targets, *windows)
+        if not math.isfinite(nats.sum()):
+            raise NonFiniteLossError(
+                float(nats.sum()), find_nonfinite(self.model, lambda: self._predict(targets, *windows))
+            )
         self.score.add(targets, nats, _context(starts.reshape(-1, seq_len)).ravel()[: len(targets)])
         if self.usage:
             numbers = self._documents + np.cumsum(starts)

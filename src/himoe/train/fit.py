@@ -7,14 +7,12 @@ checkpoint knows the evaluation of its own step.
 from collections.abc import Callable
 from typing import Any
 
+from himoe.run_folder import ALARM, FINISHED, INTERRUPTED, STOPPED_EARLY
 from himoe.train.best import Best
 from himoe.train.interrupt import StopRequest
 from himoe.train.journal import Journal, describe_evaluation
-from himoe.train.loop import DivergedError, Trainer
+from himoe.train.loop import Trainer
 from himoe.train.progress import TrainingProgress
-
-FINISHED, STOPPED_EARLY, INTERRUPTED, ALARM = "finished", "stopped early", "interrupted", "stopped by an alarm"
-COMPLETE = (FINISHED, STOPPED_EARLY)
 
 
 def fit(
@@ -40,13 +38,13 @@ def fit(
     Ctrl-C or SIGTERM; "stopped by an alarm". The last step is evaluated like the others, since it may be the best, but
     without a line in the log: the caller writes one over all held-out text. `on_step` is called after every step.
 
-    Raises DivergedError when loss or gradient are not finite, with the alarm in the log.
+    Raises DivergedError when loss or gradient are not finite.
     """
     saved, alarm = trainer.steps_done or None, False  # a resumed run stands at its checkpoint
     with StopRequest() as stop:
         while not (trainer.steps_done >= steps or best.ends_training(early_stop) or stop.requested or alarm):
             last, logged = trainer.steps_done + 1 == steps, (trainer.steps_done + 1) % log_every == 0
-            _step(trainer, journal, measure=logged or last)
+            trainer.step(measure=logged or last)
             on_step()
             step, improved = trainer.steps_done, False
             if logged or last:
@@ -70,14 +68,6 @@ def fit(
     if trainer.steps_done >= steps:
         return FINISHED
     return ALARM if alarm else STOPPED_EARLY
-
-
-def _step(trainer: Trainer, journal: Journal, *, measure: bool) -> None:
-    try:
-        trainer.step(measure=measure)
-    except DivergedError as error:
-        journal.alarm_line(error.alarm)
-        raise
 
 
 def _report_alarms(journal: Journal, progress: TrainingProgress) -> bool:

@@ -117,5 +117,10 @@ class Journal:
 
 def describe_evaluation(result: dict[str, Any]) -> str:
     """Return an evaluation as one line of text."""
-    domains = ", ".join(f"{name} {record['bits_per_byte']:.3f}" for name, record in result["domains"].items())
-    return f"held-out bits per byte {result['bits_per_byte']:.3f} ({domains})"
+    domains = ", ".join(f"{name} {_bits(record)}" for name, record in result["domains"].items())
+    return f"held-out bits per byte {_bits(result)} ({domains})"
+
+
+def _bits(record: Mapping[str, Any]) -> str:
+    bits = record["bits_per_byte"]
+    return "–" if bits is None else f"{bits:.3f}"

@@ -10,7 +10,9 @@ NS is five Newton–Schulz steps, which bring all singular values near 1. A weig
 stacked along the first dimension, or projections fused along the rows (query, key and value; gate and up). Each is
 orthogonalised on its own, since together the larger ones would decide the update of the others.
 
-Deviation: NS runs in bf16 on a GPU, as published, but in fp32 on a CPU, where small bf16 products are slower.
+Deviations: NS runs in bf16 on a GPU, as published, but in fp32 on a CPU, where small bf16 products are slower. A matrix
+whose gradient is zero in a step, such as that of an expert without tokens, takes no NS term in it, only its decay: NS
+brings what is left of the momentum back to full size however small it has become, so the expert would drift on.
 """
 
 import math
@@ -91,10 +93,11 @@ class Muon(torch.optim.Optimizer):
         update = gradient.lerp(state["momentum"], group["momentum"])
         dtype = self._dtype or (torch.float32 if parameter.device.type == "cpu" else torch.bfloat16)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parts = (tensor.split(group["rows"], dim=-2) for tensor in (parameter, update))
-        for matrix, change in zip(*parts, strict=True):
+        parts = (tensor.split(group["rows"], dim=-2) for tensor in (parameter, update, gradient))
+        for matrix, change, of in zip(*parts, strict=True):
+            moved = torch.linalg.vector_norm(of, math.inf, dim=(-2, -1), keepdim=True) != 0
             scale = RMS * math.sqrt(max(matrix.shape[-2:]))
-            matrix.add_(orthogonalise(change, dtype), alpha=-group["lr"] * scale)
+            matrix.add_(orthogonalise(change.where(moved, 0), dtype), alpha=-group["lr"] * scale)
 
     def _adamw(self, group: dict[str, Any], parameters: Sequence[Tensor]) -> None:
         if not parameters:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from himoe.errors import HimoeError
+
 
 @dataclass(frozen=True)
 class NonFinite:
@@ -19,6 +21,15 @@ class NonFinite:
     def __str__(self) -> str:
         where = "" if self.layer is None else f" (layer {self.layer})"
         return f"the {self.what} of {self.name}{where}"
+
+
+class NonFiniteLossError(HimoeError):
+    """A held-out loss that is not finite, and the first place in the model that is not, where there is one."""
+
+    def __init__(self, loss: float, place: NonFinite | None) -> None:
+        found = f" (first not finite: {place})" if place else ""
+        super().__init__(f"the held-out loss is {loss}{found}: the weights have diverged; lower train.learning_rate")
+        self.place = place
 
 
 @torch.no_grad()

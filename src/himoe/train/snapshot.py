@@ -140,19 +140,23 @@ def _same_rates_until(step: int, *configs: Mapping[str, Any]) -> bool:
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return `{"train.steps": 20, …}`, tables inside tables too."""
+    """Return `{"train.steps": 20, …}`, tables inside tables too, but a table that is free as one value."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        name = f"{prefix}{key}"
+        deeper = isinstance(value, Mapping) and name not in FREE_KEYS
+        flat |= _flatten(value, f"{name}.") if deeper else {name: value}
     return flat
 
 
-def restore(trainer: Trainer, path: Path, config: Mapping[str, Any], data_hash: str) -> dict[str, Any]:
-    """Put a checkpoint into the trainer and its model; return its `state.json`.
+def restore(
+    trainer: Trainer, path: Path, config: Mapping[str, Any], data_hash: str, *, checked: bool = False
+) -> dict[str, Any]:
+    """Put a checkpoint into the trainer and its model; return its `state.json`. `checked` is as for `load_checkpoint`.
 
     Raises CheckpointError when it is damaged, of another run, or does not fit the model.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, checked=checked)
     _check_state(path, checkpoint.state)
     check_same_run(path, checkpoint.state, config, data_hash)
     load_model_tensors(trainer.model, checkpoint.model, path)

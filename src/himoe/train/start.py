@@ -6,14 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from himoe.build import build_model
+from himoe.build import build_groups, build_model
 from himoe.config import Config
 from himoe.data import ByteTokenizer, Corpus, Tokenizer, TrainingOrder, load_tokenizer
 from himoe.errors import CheckpointError, ConfigError, DataError
-from himoe.functional.groups import Groups
 from himoe.run_folder import run_of
 from himoe.train.batches import Batches
-from himoe.train.checkpoint import AVERAGE, MODEL, Checkpoint, find_checkpoint, load_checkpoint, load_model_tensors
+from himoe.train.checkpoint import AVERAGE, MODEL, Checkpoint, load_model_tensors, open_checkpoint
 from himoe.train.environment import best_device
 from himoe.train.loop import Trainer
 from himoe.train.optimizer import build_optimizer
@@ -36,8 +35,8 @@ class WarmStart:
         Raises RunFolderError or CheckpointError when it is neither, or damaged.
         """
         run = run_of(path)
-        found = find_checkpoint(run, None if run == path else path.name)
-        return cls(run, load_checkpoint(found, trainer=False), load_tokenizer(run / "tokenizer.json"))
+        checkpoint = open_checkpoint(run, None if run == path else path.name)
+        return cls(run, checkpoint, load_tokenizer(run / "tokenizer.json"))
 
     def with_tokenizer(self, config: Config) -> Config:
         """Return the configuration with this run's tokenizer; raises ConfigError where it asks for another one.
@@ -96,7 +95,6 @@ def build_trainer(config: Config, corpus: Corpus, start: WarmStart | None = None
     model.recompute = settings.recompute
     if settings.compile:
         model.compile_blocks()
-    groups = Groups.of(config.moe.groups or config.moe.num_groups, config.moe.num_experts)
     return Trainer(
         model,
         batches,
@@ -109,7 +107,7 @@ def build_trainer(config: Config, corpus: Corpus, start: WarmStart | None = None
             muon_momentum=settings.muon_momentum,
         ),
         learning_rate=schedule_of(settings.model_dump()),
-        statistics=Statistics(model.moe_layer_indices(), groups, device=best_device()),
+        statistics=Statistics(model.moe_layer_indices(), build_groups(config.moe), device=best_device()),
         grad_clip=settings.grad_clip,
         precision=settings.precision,
         ema_decay=settings.ema_decay,

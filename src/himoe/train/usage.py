@@ -57,9 +57,7 @@ class Usage:
             pairs = stats.count_pairs(place, routing.selected, BLOCKS * num_experts)
             self._blocks[layer] += pairs.view(BLOCKS, num_experts)
             self._kept[layer] += stats.load(routing)
-            log_p = losses.log_probabilities(routing, "raw")
-            self._means[0, layer] += tokens * losses.inter_dense(log_p, routing, self.groups)
-            self._means[1, layer] += tokens * losses.intra_group_conditional(log_p, routing, self.groups)
+            self._means[:, layer] += tokens * torch.stack(losses.group_measures(routing, self.groups))
 
     def __add__(self, other: "Usage") -> "Usage":
         result = Usage(self.layer_indices, self.groups, self._kept.device)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -29,7 +28,7 @@ class RunIdentity:
     Attributes:
         folder: the run folder.
         name: for people.
-        id: the same for every process of the run, another one for every other run.
+        id: the same for every process of the run, wherever its folder lies; another one for every other run.
         step: optimizer steps done when this process begins; above 0 it goes on with an earlier one's run.
         config: flat, `{"train.steps": 20, …}`.
     """
@@ -43,16 +42,14 @@ class RunIdentity:
     @classmethod
     def of(cls, folder: Path, config: Mapping[str, Any], env: Mapping[str, Any], *, step: int = 0) -> Self:
         """Return the identity of a run folder, from its configuration and its `env.json`, which a resumed run keeps."""
-        key = f"{folder.resolve().name} {env['started']} {env['command']}"
-        identity = sha256(key.encode()).hexdigest()[:16]
-        return cls(folder, folder.resolve().name, identity, step, dict(_leaves(config, ".")))
+        return cls(folder, folder.resolve().name, env["id"], step, dict(_leaves(config, ".")))
 
 
 def flatten(line: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers of a line under names for a chart; what is no number is left out.
 
     >>> flatten({"kind": "eval", "step": 5, "loss": 2.5, "domains": {"code": {"bits_per_byte": 1.5}}})
-    {'eval/loss': 2.5, 'eval/code/bits_per_byte': 1.5}
+    {'eval/loss': 2.5, 'eval/domain/code/bits_per_byte': 1.5}
     >>> flatten({"step": 5, "layers": [{"layer": 3, "load": [4, 4], "max_vio_window": 0.0}]})
     {'layer/3/max_vio_window': 0.0}
     """
@@ -61,7 +58,7 @@ def flatten(line: Mapping[str, Any]) -> dict[str, float]:
         named = [leaf for record in records for leaf in _leaves(record, "/") if not leaf[0].endswith("/layer")]
     else:
         own = {key: value for key, value in line.items() if key not in (*POSITION, "domains")}
-        named = list(_leaves({line["kind"]: {**own, **line.get("domains", {})}}, "/"))
+        named = list(_leaves({line["kind"]: {**own, "domain": line.get("domains", {})}}, "/"))
     return {name: float(value) for name, value in named if type(value) in (int, float)}
 
 

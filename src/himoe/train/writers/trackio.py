@@ -20,7 +20,7 @@ class Trackio:
         with redirect_stdout(sys.stderr):  # standard output belongs to the command
             self._run = trackio.init(
                 project=PROJECT,
-                name=f"{run.name}-{run.id[:6]}",
+                name=run.id,  # the name is what it finds a run by
                 config=run.config,
                 resume="allow",
                 embed=False,
