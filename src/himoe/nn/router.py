@@ -1,4 +1,7 @@
-"""The router: gate → adjust_logits → score → adjust_choice → select → weights. The only place this order is written."""
+"""The router: gate (→ noise) → adjust_logits → score → adjust_choice → select → weights.
+
+The only place where this order is written.
+"""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -24,7 +27,8 @@ class Router(nn.Module):
     """Decide which experts see which token, and with what weight.
 
     Args:
-        gate: module, (T, D) → logits (T, E).
+        gate: module, (T, D) → logits (T, E). One with a method `noise_std (T, D) → (T, E)` gets normal noise of that
+            size added to its logits in training.
         selector: plain function (scores, context) → (expert_ids (T, K), selected (T, K)); bind its options with
             `functools.partial`.
         num_experts: E.
@@ -53,6 +57,11 @@ class Router(nn.Module):
         self.balancer = Balancer() if balancer is None else balancer
         self.expert_scale = nn.Parameter(torch.ones(num_experts)) if expert_scale else None
 
+    @property
+    def causal(self) -> bool:
+        """False where the selector lets a later token change an earlier one's experts."""
+        return getattr(getattr(self.selector, "func", self.selector), "causal", True)
+
     @cached_property
     def top_k(self) -> int:
         """K, the number of places the selector fills for every token."""
@@ -73,13 +82,6 @@ class Router(nn.Module):
         token_ids: Int[Tensor, " T"] | None = None,
     ) -> Routing:
         """Route T tokens; nothing is written, so the same call can be repeated at will."""
-        context = RouterContext(
-            mask=mask,
-            batch_shape=(x.shape[0],) if batch_shape is None else batch_shape,
-            token_ids=token_ids,
-            gate_weight=getattr(self.gate, "weight", None),
-            training=self.training,
-        )
         with without_autocast(x.device):
             logits = self.gate(x)
             logits = logits.to(accumulation_dtype(logits.dtype))  # somebody else's gate may follow a bf16 model
@@ -87,7 +89,18 @@ class Router(nn.Module):
                 raise ConfigError(
                     f"the gate gives {logits.shape[-1]} logits, the router has {self.num_experts} experts"
                 )
-            scores = self.score(self.balancer.adjust_logits(logits, context))
+            noise_std = self.gate.noise_std(x) if self.training and hasattr(self.gate, "noise_std") else None
+            context = RouterContext(
+                mask=mask,
+                batch_shape=(x.shape[0],) if batch_shape is None else batch_shape,
+                token_ids=token_ids,
+                gate_weight=getattr(self.gate, "weight", None),
+                noise=None if noise_std is None else noise_std * torch.randn_like(noise_std),
+                noise_std=noise_std,
+                training=self.training,
+            )
+            noisy = logits if context.noise is None else logits + context.noise
+            scores = self.score(self.balancer.adjust_logits(noisy, context))
             choice = self.balancer.adjust_choice(scores, context)
             expert_ids, selected = self.selector(choice.detach(), context)
             if mask is not None:
