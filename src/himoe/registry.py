@@ -17,6 +17,9 @@ BALANCERS = {
     "z_loss": "himoe.balance.z_loss:ZLoss",
     "loss_free": "himoe.balance.loss_free:LossFree",
 }
+GATES = {
+    "linear": "himoe.nn.gate:Gate",
+}
 SELECTORS = {
     "top_k": "himoe.functional.selection:top_k",
     "top_k_per_group": "himoe.functional.selection:top_k_per_group",
@@ -43,6 +46,7 @@ PRESETS = {
 GROUPED_PRESETS = frozenset({"hi_moe", "hi_moe_paper", "hi_moe_official", "moge"})
 TABLES = {
     "balancers": BALANCERS,
+    "gates": GATES,
     "selectors": SELECTORS,
     "scores": SCORES,
     "experts": EXPERTS,

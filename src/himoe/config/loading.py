@@ -25,8 +25,13 @@ from himoe.errors import ConfigError, nearest
 RETIRES = {
     "data.path": ("data.sources", "data.weights"),
     "data.sources": ("data.path", "data.domain_column"),
-    "moe.preset": ("moe.options", "moe.balancers", "moe.selector", "moe.score"),
-    "moe.selector": ("moe.preset", "moe.options", "moe.score"),
+    "moe.preset": (
+        "moe.options", "moe.balancers", "moe.selector", "moe.selector_options", "moe.score", "moe.gate",
+        "moe.gate_options",
+    ),
+    "moe.selector": ("moe.preset", "moe.options", "moe.score", "moe.selector_options"),
+    "moe.gate": ("moe.gate_options",),
+    "moe.pools": ("moe.num_experts", "moe.experts"),
     "moe.groups": ("moe.num_groups", "moe.top_k_per_group"),
     "moe.num_groups": ("moe.groups", "moe.top_k_per_group"),
     "moe.top_k": ("moe.top_k_per_group",),

@@ -156,3 +156,34 @@ def _options_of_a_preset(options: dict[str, Any], preset: str | None) -> str | N
     if options and preset is None:
         return "are a preset's, and moe.preset is none; a balancer's options stand in its own entry of moe.balancers"
     return None
+
+
+@rule("moe.selector_options", "moe.selector")
+def _options_of_a_selector(options: dict[str, Any], selector: str | None) -> str | None:
+    return "belong to moe.selector, which is none; a preset's options stand in moe.options" if options and selector is None else None
+
+
+@rule("moe.gate", "moe.preset")
+def _gate_beside_selector(gate: str, preset: str | None) -> str | None:
+    if gate == "linear" or preset is None or ":" in preset:
+        return None
+    return f"cannot stand beside moe.preset ({preset!r}), which brings its own; it belongs to moe.selector"
+
+
+@rule("moe.pools", "moe.num_experts")
+def _pools_hold_every_expert(pools: list[dict[str, Any]] | None, num_experts: int) -> str | None:
+    if pools is None or (held := sum(pool["num_experts"] for pool in pools)) == num_experts:
+        return None
+    return f"hold {held} experts, but moe.num_experts is {num_experts}; leave moe.num_experts out"
+
+
+@rule("moe.shared_gate", "moe.shared_dim")
+def _gate_of_a_shared_expert(shared_gate: bool, shared_dim: int) -> str | None:
+    return "needs a shared expert: set moe.shared_dim" if shared_gate and not shared_dim else None
+
+
+@rule("moe.balancers", "moe.num_groups")
+def _balancers_per_group(balancers: list[dict[str, Any]], num_groups: int) -> str | None:
+    if num_groups > 1 or not any(balancer.get("per_group") for balancer in balancers):
+        return None
+    return "asks for a balancer per group, and there is one group: set moe.num_groups or moe.groups"

@@ -21,12 +21,19 @@ def fill_in(moe: Any) -> Any:
         filled.setdefault("preset", None)
         if filled["preset"] is None and filled.get("score") is None:
             filled["score"] = "softmax"
+    pools = filled.get("pools")
+    if isinstance(pools, list) and all(isinstance(_size(pool), int) for pool in pools):
+        filled.setdefault("num_experts", sum(map(_size, pools)))
     if isinstance(filled.get("groups"), list):
         filled.setdefault("num_groups", len(filled["groups"]))
     each = filled.get("top_k_per_group")
     if isinstance(each, list) and all(isinstance(k, int) for k in each):
         filled.setdefault("top_k", sum(each))
     return filled
+
+
+def _size(pool: Any) -> Any:
+    return pool.get("num_experts") if isinstance(pool, Mapping) else getattr(pool, "num_experts", None)
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:

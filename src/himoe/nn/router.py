@@ -58,15 +58,22 @@ class Router(nn.Module):
         self.expert_scale = nn.Parameter(torch.ones(num_experts)) if expert_scale else None
 
     @property
+    def selector_name(self) -> str:
+        """Name of the selector's function."""
+        function = getattr(self.selector, "func", self.selector)
+        return getattr(function, "__name__", type(function).__name__)
+
+    @property
     def causal(self) -> bool:
         """False where the selector lets a later token change an earlier one's experts."""
         return getattr(getattr(self.selector, "func", self.selector), "causal", True)
 
     @cached_property
     def top_k(self) -> int:
-        """K, the number of places the selector fills for every token."""
+        """K, the number of places the selector has for every token; it need not fill them all."""
         probe = torch.zeros(1, self.num_experts)
-        return self.selector(probe, RouterContext())[0].shape[-1]
+        context = RouterContext(batch_shape=(1,), token_ids=torch.zeros(1, dtype=torch.int64))
+        return self.selector(probe, context)[0].shape[-1]
 
     def reset_parameters(self) -> None:
         """Set the learned scale back to 1."""
