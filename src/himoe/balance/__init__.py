@@ -5,6 +5,7 @@ from himoe.balance.chain import Chain
 from himoe.balance.dual_ascent import DualAscent
 from himoe.balance.logit_correction import LogitCorrection
 from himoe.balance.loss_free import LossFree
+from himoe.balance.per_group import PerGroup
 from himoe.balance.schedule import Schedule
 from himoe.balance.sequence import SequenceBalance
 from himoe.balance.switch import Switch
@@ -17,6 +18,7 @@ __all__ = [
     "DualAscent",
     "LogitCorrection",
     "LossFree",
+    "PerGroup",
     "Schedule",
     "SequenceBalance",
     "Switch",

@@ -26,7 +26,12 @@ RETIRES = {
     "data.path": ("data.sources", "data.weights"),
     "data.sources": ("data.path", "data.domain_column"),
     "moe.preset": (
-        "moe.options", "moe.balancers", "moe.selector", "moe.selector_options", "moe.score", "moe.gate",
+        "moe.options",
+        "moe.balancers",
+        "moe.selector",
+        "moe.selector_options",
+        "moe.score",
+        "moe.gate",
         "moe.gate_options",
     ),
     "moe.selector": ("moe.preset", "moe.options", "moe.score", "moe.selector_options"),

@@ -160,7 +160,11 @@ def _options_of_a_preset(options: dict[str, Any], preset: str | None) -> str | N
 
 @rule("moe.selector_options", "moe.selector")
 def _options_of_a_selector(options: dict[str, Any], selector: str | None) -> str | None:
-    return "belong to moe.selector, which is none; a preset's options stand in moe.options" if options and selector is None else None
+    return (
+        "belong to moe.selector, which is none; a preset's options stand in moe.options"
+        if options and selector is None
+        else None
+    )
 
 
 @rule("moe.gate", "moe.preset")

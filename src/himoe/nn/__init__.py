@@ -6,6 +6,7 @@ from himoe.nn.experts import GELUMLP, GELUExperts, SwiGLU, SwiGLUExperts
 from himoe.nn.gate import Gate
 from himoe.nn.hooks import aux_losses, observe, step
 from himoe.nn.moe import MoE, moe_layers
+from himoe.nn.pools import GatedNetwork, PooledExperts
 from himoe.nn.router import Router
 
 __all__ = [
@@ -14,8 +15,10 @@ __all__ = [
     "Dropless",
     "GELUExperts",
     "Gate",
+    "GatedNetwork",
     "MoE",
     "MoEAdapter",
+    "PooledExperts",
     "Router",
     "SwiGLU",
     "SwiGLUExperts",
