@@ -3,9 +3,10 @@
     python -m himoe.testing.behaviour [--seeds 5] [--steps 300] [--only NAME …] [--json]
 
 The toy: tokens of eight kinds, each with a linear map of its own to learn, one coordinate that all tokens share, and a
-gate that starts out favouring some experts along it. A layer of eight experts, two a token, learns it with one strategy at a time. MaxVio is that
-of the selected pairs of 2,048 fresh tokens, the task's loss is their squared error relative to that of no balancing
-with the same seed. Balancing losses and rates are chosen for some hundred steps, so they are larger than in a model.
+gate that starts out favouring some experts along it. A layer of eight experts, two a token, learns it with one strategy
+at a time. MaxVio is that of the selected pairs of 2,048 fresh tokens, in training mode; before is that of no balancing
+before the first step, since some strategies are balanced from the start. The task's loss is the squared error of these
+tokens over that of no balancing with the same seed. Weights and rates are for some hundred steps: larger than a model's.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from himoe.nn import MoE, Router, SwiGLUExperts
 
 E, K, G, D, F = 8, 2, 4, 8, 16
 BATCH, HELD_OUT = 128, 2048
+HALVED = 0.5  # MaxVio after over before, of a strategy that balances
 
 # What the toy gives instead of the defaults, which are made for thousands of steps and logits of a real model.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -139,21 +141,21 @@ class Toy:
         self.maps = torch.randn(E, D, D, generator=self.generator) / D**0.5
 
     def batch(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return tokens (count, D), targets (count, D) and kinds (count,)."""
+        """Return tokens (4, count/4, D), their targets and their kinds (4, count/4): four sequences."""
         kinds = torch.randint(E, (count,), generator=self.generator)
         x = self.centres[kinds] + torch.randn(count, D, generator=self.generator)
         x[:, 0] = 1.0
-        return x, torch.einsum("td,tfd->tf", x, self.maps[kinds]), kinds
+        target = torch.einsum("td,tfd->tf", x, self.maps[kinds])
+        return x.unflatten(0, (4, -1)), target.unflatten(0, (4, -1)), kinds.view(4, -1)
 
 
-def run(strategy: Strategy, seed: int, steps: int) -> tuple[float, float, float]:
-    """Train one layer; return MaxVio before and after, and the task's held-out loss."""
+def run(strategy: Strategy, seed: int, steps: int) -> tuple[float, float]:
+    """Train one layer from the skewed gate; return MaxVio and the task's loss of fresh tokens."""
     torch.manual_seed(seed)
     toy = Toy(seed)
+    held_out = toy.batch(HELD_OUT)
     layer = MoE(strategy.router(), SwiGLUExperts(E, D, F))
     _skew(layer.router.gate)
-    held_out = toy.batch(HELD_OUT)
-    before, _ = measure(layer, held_out)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2, weight_decay=0.0)
     for _ in range(steps):
         x, target, kinds = toy.batch(BATCH)
@@ -165,7 +167,10 @@ def run(strategy: Strategy, seed: int, steps: int) -> tuple[float, float, float]
             layer.router.balancer.observe(routing)
         optimizer.step()
         step_balancers([layer.router.balancer])
-    return before, *measure(layer, held_out)
+    with torch.no_grad():
+        x, target, kinds = held_out
+        y, routing = layer(x, token_ids=kinds)
+    return stats.max_vio(stats.selected_load(routing)).item(), (y - target).square().mean().item()
 
 
 @torch.no_grad()
@@ -175,33 +180,24 @@ def _skew(gate: nn.Module) -> None:
     gate.weight[:, 0] += favour  # type: ignore[index]
 
 
-@torch.no_grad()
-def measure(layer: MoE, held_out: tuple[Tensor, Tensor, Tensor]) -> tuple[float, float]:
-    """Return MaxVio of the selected pairs and the mean squared error of fresh tokens."""
-    x, target, kinds = held_out
-    layer.eval()
-    y, routing = layer(x, token_ids=kinds)
-    layer.train()
-    return stats.max_vio(stats.selected_load(routing)).item(), (y - target).square().mean().item()
-
-
 def compare(chosen: Sequence[Strategy], seeds: int, steps: int, progress: Callable[[str], None]) -> list[Row]:
-    """Run every strategy with every seed, no balancing first."""
-    rows, reference = [], [run(NOTHING, seed, steps)[2] for seed in range(seeds)]
+    """Run every strategy with every seed, and no balancing to compare with."""
+    before = mean(run(NOTHING, seed, 0)[0] for seed in range(seeds))
+    rows, reference = [], [run(NOTHING, seed, steps)[1] for seed in range(seeds)]
     for strategy in chosen:
         progress(strategy.name)
         results = [run(strategy, seed, steps) for seed in range(seeds)]
-        before, after, losses = zip(*results, strict=True)
+        after, losses = zip(*results, strict=True)
         relative = [loss / other for loss, other in zip(losses, reference, strict=True)]
         rows.append(
             Row(
                 table=strategy.table,
                 name=strategy.name,
                 claims_to_balance=strategy.claims,
-                max_vio_before=mean(before),
+                max_vio_before=before,
                 max_vio_after=mean(after),
                 max_vio_after_std=stdev(after) if seeds > 1 else 0.0,
-                ratio=mean(after) / mean(before),
+                ratio=mean(after) / before,
                 task_loss=mean(losses),
                 task_loss_relative=mean(relative),
                 task_loss_relative_std=stdev(relative) if seeds > 1 else 0.0,
@@ -242,15 +238,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps({"seeds": given.seeds, "steps": given.steps, "rows": [asdict(row) for row in rows]}, indent=1))
     else:
         Console().print(table(rows))
-    failed = [row.name for row in rows if (row.ratio >= 0.5) == (row.claims_to_balance)]
-    failed = [name for name in failed if name == NOTHING.name or name in _claiming(rows)]
+    failed = [row.name for row in rows if row.claims_to_balance and row.ratio >= HALVED]
+    failed += [row.name for row in rows if row.name == NOTHING.name and row.ratio < HALVED]
     if failed:
         print(f"not as claimed: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))
-
-
-def _claiming(rows: Sequence[Row]) -> set[str]:
-    return {row.name for row in rows if row.claims_to_balance}
 
 
 if __name__ == "__main__":
