@@ -6,7 +6,8 @@ The toy: tokens of eight kinds, each with a linear map of its own to learn, one 
 gate that starts out favouring some experts along it. A layer of eight experts, two a token, learns it with one strategy
 at a time. MaxVio is that of the selected pairs of 2,048 fresh tokens, in training mode; before is that of no balancing
 before the first step, since some strategies are balanced from the start. The task's loss is the squared error of these
-tokens over that of no balancing with the same seed. Weights and rates are for some hundred steps: larger than a model's.
+tokens over that of no balancing with the same seed. Weights and rates are for some hundred steps: larger than a
+model's.
 """
 
 import argparse
