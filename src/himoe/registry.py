@@ -19,17 +19,31 @@ BALANCERS = {
 }
 GATES = {
     "linear": "himoe.nn.gate:Gate",
+    "noisy": "himoe.nn.noisy_gate:NoisyGate",
+    "cosine": "himoe.nn.cosine_gate:CosineGate",
 }
 SELECTORS = {
-    "top_k": "himoe.functional.selection:top_k",
-    "top_k_per_group": "himoe.functional.selection:top_k_per_group",
-    "top_k_in_best_groups": "himoe.functional.selection:top_k_in_best_groups",
+    "top_k": "himoe.functional.selection.top_k:top_k",
+    "top_k_per_group": "himoe.functional.selection.top_k_per_group:top_k_per_group",
+    "top_k_in_best_groups": "himoe.functional.selection.top_k_in_best_groups:top_k_in_best_groups",
+    "top_p": "himoe.functional.selection.top_p:top_p",
+    "threshold": "himoe.functional.selection.threshold:threshold",
+    "expert_choice": "himoe.functional.selection.expert_choice:expert_choice",
+    "sinkhorn": "himoe.functional.selection.sinkhorn:sinkhorn",
+    "hash": "himoe.functional.selection.hash:hash_tokens",
+    "round_robin": "himoe.functional.selection.round_robin:round_robin",
+    "replay": "himoe.functional.selection.replay:replay",
 }
 GROUPED_SELECTORS = frozenset({"top_k_per_group"})  # that take equally many experts from each group
 SCORES = {
     "softmax": "himoe.functional.scores:softmax",
     "sigmoid": "himoe.functional.scores:sigmoid",
+    "sqrt_softplus": "himoe.functional.scores:sqrt_softplus",
+    "relu": "himoe.functional.scores:relu",
+    "softmax_over_selected": "himoe.functional.scores:softmax_over_selected",
+    "softmax_per_group": "himoe.functional.scores:softmax_per_group",
 }
+GROUPED_SCORES = frozenset({"softmax_per_group"})  # that weigh each group by the experts taken from it
 EXPERTS = {
     "swiglu": "himoe.nn.experts:SwiGLUExperts",
     "gelu": "himoe.nn.experts:GELUExperts",

@@ -17,6 +17,7 @@ LONGEST_REASON = 200
 
 
 def parameters_of(function: Any, where: str) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters by name, or raise `ConfigError` for what has none."""
     try:
         return inspect.signature(function).parameters
     except (TypeError, ValueError) as error:  # it cannot be called, or is written in C and names no parameters
@@ -55,6 +56,7 @@ def check_options(function: Any, where: str, options: dict[str, Any], given: Map
 
 
 def construct(function: Callable[..., Any], where: str, *arguments: Any, **options: Any) -> Any:
+    """Call `function`; what it refuses becomes a `ConfigError` that says where."""
     try:
         return function(*arguments, **options)
     except ConfigError as error:
@@ -64,16 +66,17 @@ def construct(function: Callable[..., Any], where: str, *arguments: Any, **optio
 
 
 def check_type(built: Any, kind: type, where: str) -> None:
+    """Raise `ConfigError` unless `built` is a `kind`."""
     if not isinstance(built, kind):
         raise ConfigError(f"{where}: gives a {type(built).__name__}, must give a {kind.__module__}.{kind.__name__}")
 
 
 @torch.no_grad()
 def try_out(module: nn.Module, where: str, dim: int) -> None:
-    """Send one zero token through a reader's own part, in eval mode and without moving the random numbers."""
+    """Send one zero token through a layer or router with a reader's own part, in eval mode; random numbers stay."""
     try:
         with torch.random.fork_rng(devices=[]):
-            module.eval()(torch.zeros(1, dim))
+            module.eval()(torch.zeros(1, dim), token_ids=torch.zeros(1, dtype=torch.int64))
     except Exception as error:  # somebody else's code may raise anything
         raise ConfigError(f"{where}: fails on one token: {_in_one_line(error)}") from error
     module.train()

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from himoe import registry
-from himoe.build.calling import call, check_type, construct, parameters_of, try_out
+from himoe.build.calling import check_type, construct, parameters_of, try_out
 from himoe.build.router import build_router
 from himoe.config import Config
 from himoe.config.schema import MoEConfig

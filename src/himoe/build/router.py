@@ -111,7 +111,7 @@ def _bound(part: str, name: str, moe: MoEConfig, options: dict[str, Any]) -> Cal
     if part == "score" and ":" in name:
         return function  # as it is; it need not even name its parameters
     accepted, groups = parameters_of(function, where), build_groups(moe)
-    by_group = name in registry.GROUPED_SELECTORS
+    by_group = name in registry.GROUPED_SELECTORS | registry.GROUPED_SCORES
     k = _top_k_per_group(moe, groups) if by_group else moe.top_k
     layer = {"num_experts": moe.num_experts, "groups": groups, "k": k}
     given = {key: value for key, value in layer.items() if key in accepted}

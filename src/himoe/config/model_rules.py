@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from himoe.config.rulebook import Rulebook, multiple
-from himoe.registry import GROUPED_PRESETS, GROUPED_SELECTORS
+from himoe.registry import GROUPED_PRESETS, GROUPED_SCORES, GROUPED_SELECTORS
 
 rule = Rulebook()
 
@@ -149,6 +149,11 @@ def _score_beside_selector(score: str | None, preset: str | None, selector: str 
     if score is None or preset is None or selector is not None:
         return None
     return f"cannot stand beside moe.preset ({preset!r}), which brings its own; it belongs to moe.selector"
+
+
+@rule("moe.score", "moe.preset", "moe.selector")
+def _grouped_score_needs_grouped_selection(score: str | None, preset: str | None, selector: str | None) -> str | None:
+    return _only_grouped(preset, selector) if score in GROUPED_SCORES and selector is not None else None
 
 
 @rule("moe.options", "moe.preset")
