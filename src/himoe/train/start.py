@@ -111,6 +111,7 @@ def build_trainer(config: Config, corpus: Corpus, start: WarmStart | None = None
         grad_clip=settings.grad_clip,
         precision=settings.precision,
         ema_decay=settings.ema_decay,
+        seed=config.seed,
     )
 
 
