@@ -95,6 +95,7 @@ def test_a_layer_whose_every_expert_is_chosen_has_not_collapsed():
     used = float(effective_experts(torch.full((3,), 50)))
     assert used < 3  # by rounding
     record = {"layer": 0, "effective_experts": used, "max_vio_window": 0.0, "group_mass": 1.0, "dead_experts": []}
+    record["experts_per_token"] = 3.0
     assert Alarms(layer, [0]).check(line(100), [record]) == []
 
 

@@ -28,6 +28,8 @@ TRAIN = {
 LAYER = {
     "layer",
     "load",
+    "experts_per_token",
+    "truncated_mass",
     "drop_rate",
     "max_vio_batch",
     "max_vio_window",

@@ -146,6 +146,10 @@ def print_layers(console: Console, layers: Sequence[Mapping[str, Any]]) -> None:
         "Σm²": "group_mass",
         "C": "concentration",
     }
+    if any(layer.get("experts_per_token", 0) % 1 for layer in layers):
+        columns["experts"] = "experts_per_token"
+    if any(layer.get("truncated_mass") for layer in layers):
+        columns["cut off"] = "truncated_mass"
     if any(layer.get("drop_rate") for layer in layers):
         columns["dropped"] = "drop_rate"
     dead = any(layer.get("dead_experts") for layer in layers)

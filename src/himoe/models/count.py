@@ -27,7 +27,8 @@ class ParameterCounts:
 def parameter_counts(model: nn.Module) -> ParameterCounts:
     """Count a model that has `embedding` and `head` modules, such as `DecoderLM`; works on the meta device.
 
-    The K of a layer is the number of experts its selector gives every token.
+    The K of a layer is the number of places that its selector has for every token: where the number of experts varies,
+    the most that a token may have.
     """
     total = sum(p.numel() for p in model.parameters())
     idle = 0

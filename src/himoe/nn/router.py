@@ -116,6 +116,18 @@ class Router(nn.Module):
             weights = self._weights(scores, expert_ids, selected)
         return Routing(logits, scores, expert_ids, weights, selected, selected, context)
 
+    def wanted(self, routing: Routing) -> Bool[Tensor, "T E"] | None:
+        """Return the experts that the selector's rule asks for before `max_k` cuts any off; None where none can be.
+
+        Only for a routing of this router from before its balancers' next step, since they move what is chosen.
+        """
+        rule = getattr(getattr(self.selector, "func", self.selector), "wanted", None)
+        if rule is None or routing.top_k == routing.num_experts:
+            return None
+        options = {name: value for name, value in getattr(self.selector, "keywords", {}).items() if name != "max_k"}
+        choice = self.balancer.adjust_choice(routing.scores.detach(), routing.context)
+        return rule(choice, routing.context, **options)
+
     def _weights(self, scores: Tensor, expert_ids: Tensor, selected: Tensor) -> Tensor:
         weights = scores.gather(-1, expert_ids).where(selected, 0)
         if self.renormalize:

@@ -204,7 +204,7 @@ def _num_groups(layer: MoE) -> int:
 
 def _routing(step: int, record: Mapping[str, Any], layer: MoE) -> Iterator[Alarm]:
     """Judge how many experts, and how many groups, the layer uses."""
-    index, total, chosen = record["layer"], layer.router.num_experts, layer.router.top_k
+    index, total, chosen = record["layer"], layer.router.num_experts, record["experts_per_token"]
     used = record["effective_experts"]
     if chosen < total and used - chosen < SPARE_USED * (total - chosen):  # with all of them chosen nothing can collapse
         yield Alarm(
@@ -212,8 +212,8 @@ def _routing(step: int, record: Mapping[str, Any], layer: MoE) -> Iterator[Alarm
             step,
             index,
             f"layer {index}: the tokens of the last {WINDOW} steps went to {used:.1f} of {total} experts (effective "
-            f"number; {chosen} is the least), MaxVio {record['max_vio_window']:.2f}, at step {step}: raise the weight "
-            "of the load-balancing loss (himoe list presets NAME), add a balancer such as loss_free, or lower "
+            f"number; {chosen:.3g} is the least), MaxVio {record['max_vio_window']:.2f}, at step {step}: raise the "
+            "weight of the load-balancing loss (himoe list presets NAME), add a balancer such as loss_free, or lower "
             "train.learning_rate",
         )
     if (groups := _num_groups(layer)) > 1 and record["group_mass"] > GROUP_MASS:
