@@ -96,7 +96,9 @@ class Router(nn.Module):
                 raise ConfigError(
                     f"the gate gives {logits.shape[-1]} logits, the router has {self.num_experts} experts"
                 )
-            noise_std = self.gate.noise_std(x) if self.training and hasattr(self.gate, "noise_std") else None
+            noise_std: Tensor | None = None
+            if self.training and hasattr(self.gate, "noise_std"):
+                noise_std = self.gate.noise_std(x)  # type: ignore[operator]
             context = RouterContext(
                 mask=mask,
                 batch_shape=(x.shape[0],) if batch_shape is None else batch_shape,

@@ -53,9 +53,9 @@ def _check_range(expert_ids: Int[Tensor, "T K"], num_experts: int) -> None:
     message = f"replay: expert_ids must lie between 0 and {num_experts - 1} (num_experts = {num_experts})"
     inside = ((expert_ids >= 0) & (expert_ids < num_experts)).all()
     if torch.compiler.is_compiling():
-        torch._assert_async(inside, message)
+        torch.ops.aten._assert_async.msg(inside, message)
         return
     try:
-        torch._assert_async(inside, message)
+        torch.ops.aten._assert_async.msg(inside, message)
     except RuntimeError as error:
         raise ConfigError(message) from error
