@@ -33,6 +33,11 @@ SCORES = {
 EXPERTS = {
     "swiglu": "himoe.nn.experts:SwiGLUExperts",
     "gelu": "himoe.nn.experts:GELUExperts",
+    "relu": "himoe.nn.experts:ReLUExperts",
+    "relu2": "himoe.nn.experts:ReLU2Experts",
+    "zero": "himoe.nn.free_experts:ZeroExperts",
+    "copy": "himoe.nn.free_experts:CopyExperts",
+    "constant": "himoe.nn.free_experts:ConstantExperts",
 }
 PRESETS = {
     "hi_moe": "himoe.presets.hi_moe:hi_moe",

@@ -12,9 +12,20 @@ from himoe.config import Config
 from himoe.config.schema import MoEConfig
 from himoe.errors import ConfigError, HimoeWarning
 from himoe.models import DecoderLM
-from himoe.nn import GELUMLP, Capacity, Dropless, GatedNetwork, MoE, PooledExperts, SwiGLU, moe_layers
+from himoe.nn import (
+    GELUMLP,
+    Capacity,
+    Dropless,
+    GatedNetwork,
+    MoE,
+    PooledExperts,
+    ReLU2MLP,
+    ReLUMLP,
+    SwiGLU,
+    moe_layers,
+)
 
-DENSE = {"swiglu": SwiGLU, "gelu": GELUMLP}
+DENSE = {"swiglu": SwiGLU, "gelu": GELUMLP, "relu": ReLUMLP, "relu2": ReLU2MLP}
 
 
 def build_model(config: Config, vocab_size: int) -> DecoderLM:
