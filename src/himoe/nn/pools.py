@@ -1,7 +1,7 @@
 """Experts of several kinds or sizes as the experts of one layer.
 
-One router over all pools, or one per pool (Slicing and Dicing, arXiv 2605.11689): the second is selection per group with
-the pools as groups, and k' experts of each.
+One router over all pools, or one per pool (Slicing and Dicing, arXiv 2605.11689): the second is selection per group,
+with the pools as groups and k' experts of each.
 """
 
 import itertools
