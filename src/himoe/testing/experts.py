@@ -33,8 +33,9 @@ class _Bench:
     def __init__(self, make: Callable[[], nn.Module], dim: int, top_k: int, dtype: torch.dtype) -> None:
         self.make, self.dim, self.dtype = make, dim, dtype
         self.name = type(make()).__name__
-        self.num_experts = getattr(make(), "num_experts", None)
-        check_size(self)
+        given = getattr(make(), "num_experts", None)
+        self.expect(isinstance(given, int) and given >= 1, f"num_experts must be a whole number ≥ 1, is {given!r}")
+        self.num_experts: int = given  # type: ignore[assignment]
         self.top_k = min(top_k, self.num_experts)
 
     def experts(self) -> nn.Module:
@@ -101,12 +102,6 @@ def _pair_by_pair(experts: nn.Module, x: Tensor, expert_ids: Tensor, weights: Te
                 )
         rows.append(y)
     return torch.stack(rows) if rows else torch.zeros_like(x)
-
-
-def check_size(bench: _Bench) -> None:
-    """The module says how many experts it has."""
-    given = bench.num_experts
-    bench.expect(isinstance(given, int) and given >= 1, f"num_experts must be a whole number ≥ 1, is {given!r}")
 
 
 def check_sum(bench: _Bench) -> None:
