@@ -37,9 +37,10 @@ def parameter_counts(model: nn.Module) -> ParameterCounts:
     total = sum(p.numel() for p in model.parameters())
     idle = 0
     for layer in moe_layers(model):
-        pooled = isinstance(layer.experts, PooledExperts)
-        pools = list(layer.experts.pools) if pooled else [layer.experts]
-        sizes = layer.experts.sizes if pooled else (layer.router.num_experts,)
+        experts = layer.experts
+        pools, sizes = [experts], (layer.router.num_experts,)
+        if isinstance(experts, PooledExperts):
+            pools, sizes = list(experts.pools), experts.sizes
         routed = [sum(p.numel() for p in pool.parameters()) for pool in pools]
         used = _experts_per_token(layer.router, sizes)
         idle += sum(routed) - int(sum(p * k / n for p, k, n in zip(routed, used, sizes, strict=True)))

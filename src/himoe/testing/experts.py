@@ -90,16 +90,14 @@ def _run(experts: nn.Module, batch: _Batch, how: Callable[..., Tensor] | None = 
 
 def _pair_by_pair(experts: nn.Module, x: Tensor, expert_ids: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
     """Call the experts for one token and one expert with weight 1 at a time, and add up."""
-    one, true = torch.ones(1, 1, dtype=weights.dtype), torch.ones(1, 1, dtype=torch.bool)
     rows = []
     for t in range(x.shape[0]):
         y = torch.zeros_like(x[t])
         for k in range(expert_ids.shape[1]):
             if kept[t, k]:
-                y = (
-                    y
-                    + weights[t, k].to(x.dtype) * experts(x[t : t + 1], expert_ids[t : t + 1, k : k + 1], one, true)[0]
-                )
+                one, true = torch.ones(1, 1, dtype=weights.dtype), torch.ones(1, 1, dtype=torch.bool)
+                alone = experts(x[t : t + 1], expert_ids[t : t + 1, k : k + 1], one, true)[0]
+                y = y + weights[t, k].to(x.dtype) * alone
         rows.append(y)
     return torch.stack(rows) if rows else torch.zeros_like(x)
 
