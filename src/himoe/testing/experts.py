@@ -152,14 +152,14 @@ def check_unkept(bench: _Bench) -> None:
 def check_tokens(bench: _Bench) -> None:
     """A token's output depends neither on its place in the batch nor on the other tokens."""
     experts, batch = bench.experts(), bench.batch(13, seed=3)
-    y = experts(*batch)
+    y = _run(experts, batch)[0]
     order = torch.arange(13).flip(0)
-    moved = experts(*_Batch(*(part[order] for part in batch)))
+    moved = _run(experts, _Batch(*(part[order] for part in batch)))[0]
     bench.expect(bench.close(moved, y[order]), "the order of the tokens changes their outputs")
     mine, others = torch.arange(13) % 3 == 0, bench.batch(13, kept=2.0, seed=2)
     others = others._replace(x=others.x * 5)
     mixed = _Batch(*(torch.where(mine[:, None], a, b) for a, b in zip(batch, others, strict=True)))
-    bench.expect(bench.close(experts(*mixed)[mine], y[mine]), "other tokens change a token's output")
+    bench.expect(bench.close(_run(experts, mixed)[0][mine], y[mine]), "other tokens change a token's output")
 
 
 def check_training(bench: _Bench) -> None:
