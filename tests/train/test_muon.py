@@ -137,6 +137,9 @@ def test_which_parameter_goes_where(model):
     assert by_muon == set(hidden)
     assert {"embedding.weight", "head.weight", "blocks.1.feed_forward.router.gate.weight"} <= by_adamw
     assert by_muon | by_adamw == set(names.values()) and not by_muon & by_adamw
+    assert {(group["momentum"], group["betas"]) for group in optimizer.param_groups} == {(0.8, (0.7, 0.9))}
+    undecayed = {names[p] for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
+    assert undecayed == {name for name, parameter in model.named_parameters() if parameter.ndim < 2}
 
 
 def test_gates_and_constants_beside_experts_are_adamws():
@@ -151,9 +154,6 @@ def test_gates_and_constants_beside_experts_are_adamws():
         "shared_expert.network.gate_up_proj.weight",
         "shared_expert.network.down_proj.weight",
     }
-    assert {(group["momentum"], group["betas"]) for group in optimizer.param_groups} == {(0.8, (0.7, 0.9))}
-    undecayed = {names[p] for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
-    assert undecayed == {name for name, parameter in model.named_parameters() if parameter.ndim < 2}
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):

@@ -38,7 +38,9 @@ class PooledExperts(nn.Module):
             raise ConfigError("pooled experts: give at least one pool")
         for index, pool in enumerate(pools):
             if not isinstance(getattr(pool, "num_experts", None), int):
-                raise ConfigError(f"pooled experts: pool {index}, {type(pool).__name__}, must have num_experts")
+                raise ConfigError(
+                    f"pooled experts: pool {index}, {type(pool).__name__}, must have num_experts, their number"
+                )
         self.pools = nn.ModuleList(pools)
         self.sizes: tuple[int, ...] = tuple(pool.num_experts for pool in pools)  # type: ignore[misc]
         self.num_experts = sum(self.sizes)
