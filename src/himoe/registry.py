@@ -47,6 +47,11 @@ GROUPED_SCORES = frozenset({"softmax_per_group"})  # that weigh each group by th
 EXPERTS = {
     "swiglu": "himoe.nn.experts:SwiGLUExperts",
     "gelu": "himoe.nn.experts:GELUExperts",
+    "relu": "himoe.nn.experts:ReLUExperts",
+    "relu2": "himoe.nn.experts:ReLU2Experts",
+    "zero": "himoe.nn.free_experts:ZeroExperts",
+    "copy": "himoe.nn.free_experts:CopyExperts",
+    "constant": "himoe.nn.free_experts:ConstantExperts",
 }
 PRESETS = {
     "hi_moe": "himoe.presets.hi_moe:hi_moe",

@@ -25,6 +25,20 @@ ONE_PROBLEM = [
     (["moe.hidden_size=64"], "moe.hidden_size = 64: unknown key; did you mean 'model.dim'?"),
     (["moe.num_experts_per_tok=2"], "unknown key; did you mean 'moe.top_k'?"),
     (["train.max_steps=5"], "unknown key; did you mean 'train.steps'?"),
+    # in a table within a section
+    (
+        ["moe.pools=[{num_experts=8, hidden=3}]"],
+        "moe.pools[0].hidden = 3: unknown key; known here: num_experts, expert_dim",
+    ),
+    (
+        ["moe.pools=[{num_experts=8, expert_dmi=3}]"],
+        "moe.pools[0].expert_dmi = 3: unknown key; did you mean 'expert_dim'?",
+    ),
+    (["moe.pools=[{num_experts=8, dim=3}]"], "moe.pools[0].dim = 3: unknown key; known here: num_experts, expert_dim"),
+    (
+        ['moe.balancers=[{name="switch", schedule={kind="warmup", steps=3, scale="x"}}]'],
+        "moe.balancers[0].schedule.scale = \"x\": unknown key; did you mean 'scales'?",
+    ),
     # names from the tables
     (["moe.preset=hi_mo"], "did you mean 'hi_moe'?"),
     (['moe.balancers=[{name="los_free"}]'], 'moe.balancers[0].name = "los_free": must be one of logit_correction'),

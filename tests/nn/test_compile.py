@@ -12,6 +12,11 @@ LAYERS = {
         "hi_moe", backend="grouped", shared=SwiGLU(16, 8)
     ),
     "unequal groups, capacity": lambda: make_moe("hi_moe explicit groups", dispatcher=Capacity(0.8)),
+    "capacity by score": lambda: make_moe("switch", top_k=2, dispatcher=Capacity(0.6, order="score")),
+    "capacity, batch prioritised": lambda: make_moe(
+        "switch", top_k=2, dispatcher=Capacity(0.6, order="batch_prioritised")
+    ),
+    "capacity, column by column": lambda: make_moe("switch", top_k=2, dispatcher=Capacity(0.6, order="column_major")),
 }
 
 

@@ -12,9 +12,20 @@ from himoe.config import Config
 from himoe.config.schema import MoEConfig
 from himoe.errors import ConfigError, HimoeWarning
 from himoe.models import DecoderLM
-from himoe.nn import GELUMLP, Capacity, Dropless, GatedNetwork, MoE, PooledExperts, SwiGLU, moe_layers
+from himoe.nn import (
+    GELUMLP,
+    Capacity,
+    Dropless,
+    GatedNetwork,
+    MoE,
+    PooledExperts,
+    ReLU2MLP,
+    ReLUMLP,
+    SwiGLU,
+    moe_layers,
+)
 
-DENSE = {"swiglu": SwiGLU, "gelu": GELUMLP}
+DENSE = {"swiglu": SwiGLU, "gelu": GELUMLP, "relu": ReLUMLP, "relu2": ReLU2MLP}
 
 
 def build_model(config: Config, vocab_size: int) -> DecoderLM:
@@ -81,13 +92,12 @@ def _build_experts(moe: MoEConfig, dim: int) -> nn.Module:
 
     if moe.pools is None:
         return pool(moe.experts, f"moe.experts {moe.experts!r}", moe.num_experts, moe.expert_dim)
-    return PooledExperts(
-        *(
-            pool(kind, f"moe.pools[{index}] {kind!r}", entry.num_experts, entry.expert_dim or moe.expert_dim)
-            for index, entry in enumerate(moe.pools)
-            for kind in (entry.experts or moe.experts,)
-        )
-    )
+    pools = [
+        pool(kind, f"moe.pools[{index}] {kind!r}", entry.num_experts, entry.expert_dim or moe.expert_dim)
+        for index, entry in enumerate(moe.pools)
+        for kind in (entry.experts or moe.experts,)
+    ]
+    return construct(PooledExperts, "moe.pools", *pools)
 
 
 def _refuse_if_not_causal(model: nn.Module, *, allowed: bool) -> None:

@@ -106,7 +106,7 @@ class ModelConfig(BaseModel):
     num_heads: Count = Field(description="Query heads; divides `model.dim` into heads of even width")
     num_kv_heads: Count = Field(description="Key and value heads; divides `model.num_heads`")
     ffn_dim: Count = Field(description="Hidden width of the layers that are not mixture-of-experts layers")
-    ffn: Literal["swiglu", "gelu"] = Field(
+    ffn: Literal["swiglu", "gelu", "relu", "relu2"] = Field(
         default="swiglu", description="Kind of the layers that are not mixture-of-experts layers"
     )
     tie_embeddings: bool = Field(default=True, description="Use the input embedding as the output head too")

@@ -1,6 +1,11 @@
-"""Experts of several kinds or sizes as the experts of one layer, and a network with a gate before it."""
+"""Experts of several kinds or sizes as the experts of one layer.
 
-import torch
+One router over all pools, or one per pool (Slicing and Dicing, arXiv 2605.11689): the second is selection per group,
+with the pools as groups and k' experts of each.
+"""
+
+import itertools
+
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -13,15 +18,31 @@ class PooledExperts(nn.Module):
     Args:
         *pools: experts modules, such as `SwiGLUExperts` of different sizes, or `ZeroExperts`.
 
-    Pairs of other pools are not kept in a pool, so each pair is computed once.
+    In each pool the pairs of the others are not kept, so every pair is computed once. Shapes do not depend on the data:
+    each pool makes room for the T·K pairs, whatever its share of them.
+
+    Raises:
+        ConfigError: no pool, or one that does not say its `num_experts`.
+
+    >>> import torch
+    >>> from himoe import SwiGLUExperts
+    >>> from himoe.nn import ZeroExperts
+    >>> experts = PooledExperts(SwiGLUExperts(4, 16, 32), SwiGLUExperts(8, 16, 16), ZeroExperts(2))
+    >>> experts.num_experts, experts.sizes
+    (14, (4, 8, 2))
     """
 
     def __init__(self, *pools: nn.Module) -> None:
         super().__init__()
         if not pools:
             raise ConfigError("pooled experts: give at least one pool")
+        for index, pool in enumerate(pools):
+            if not isinstance(getattr(pool, "num_experts", None), int):
+                raise ConfigError(
+                    f"pooled experts: pool {index}, {type(pool).__name__}, must have num_experts, their number"
+                )
         self.pools = nn.ModuleList(pools)
-        self.sizes = tuple(int(pool.num_experts) for pool in pools)  # type: ignore[arg-type]
+        self.sizes: tuple[int, ...] = tuple(pool.num_experts for pool in pools)  # type: ignore[misc]
         self.num_experts = sum(self.sizes)
 
     def forward(
@@ -32,28 +53,11 @@ class PooledExperts(nn.Module):
         kept: Bool[Tensor, "T K"],
     ) -> Float[Tensor, "T D"]:
         """Return Σ_k weight·expert(x) over each token's kept pairs."""
-        y, first = torch.zeros_like(x), 0
-        for pool, size in zip(self.pools, self.sizes, strict=True):
-            local = expert_ids - first
-            inside = (local >= 0) & (local < size)
-            y = y + pool(x, local.clamp(0, size - 1), weights, kept & inside)
-            first += size
+        y: Tensor | None = None
+        ends = itertools.accumulate(self.sizes, initial=0)
+        for pool, (first, end) in zip(self.pools, itertools.pairwise(ends), strict=True):
+            inside = (expert_ids >= first) & (expert_ids < end)
+            out = pool(x, (expert_ids - first).clamp(0, end - first - 1), weights, kept & inside)
+            y = out if y is None else y + out
+        assert y is not None
         return y
-
-
-class GatedNetwork(nn.Module):
-    """A network weighed token by token, sigmoid(w·x)·network(x), as Qwen's shared expert is.
-
-    Args:
-        network: (…, D) → (…, D).
-        dim: D.
-    """
-
-    def __init__(self, network: nn.Module, dim: int) -> None:
-        super().__init__()
-        self.network = network
-        self.gate = nn.Linear(dim, 1, bias=False)
-
-    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
-        """Return the weighed output."""
-        return self.gate(x).sigmoid() * self.network(x)
