@@ -1,0 +1,124 @@
+"""The router of a layer: a preset's, or one spelled out by gate, selector, score and balancers."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from himoe import registry
+from himoe.balance import Balancer, Chain, PerGroup, Schedule
+from himoe.build.calling import bind, call, check_type, construct, parameters_of, try_out
+from himoe.config.schema import BalancerEntry, MoEConfig
+from himoe.errors import HimoeWarning
+from himoe.functional.groups import Groups
+from himoe.nn import Router
+from himoe.presets import check_guards
+
+
+def build_router(moe: MoEConfig, dim: int) -> Router:
+    """Build the router of a preset, or the one spelled out by gate, selector, score and balancers."""
+    extra = [_build_balancer(index, entry, moe) for index, entry in enumerate(moe.balancers)]
+    if moe.preset is not None:
+        return _build_preset(moe, dim, extra)
+    assert moe.selector and moe.score, "without a preset, the configuration has settled both"
+    selector, score = _bound("selector", moe.selector, moe, moe.selector_options), _bound("score", moe.score, moe, {})
+    balancer = Chain(*extra)
+    check_guards(balancer, top_k=moe.top_k, score=score, force=moe.force)
+    _warn_of_what_cannot_learn(moe, selector, balancer)
+    gate = registry.load("gates", moe.gate)
+    router = Router(
+        call(gate, f"moe.gate {moe.gate!r}", moe.gate_options, {"dim": dim, "num_experts": moe.num_experts}),
+        selector,
+        num_experts=moe.num_experts,
+        score=score,
+        balancer=balancer,
+        renormalize=moe.top_k > 1 if moe.renormalize is None else moe.renormalize,
+    )
+    parts = {"moe.gate": moe.gate, "moe.score": moe.score, "moe.selector": moe.selector}
+    if own := [f"{key} {name!r}" for key, name in parts.items() if ":" in name]:
+        try_out(router, " with ".join(own), dim)
+    else:
+        construct(lambda: router.top_k, f"moe.selector {moe.selector!r}")  # chooses once: options that do not fit show
+    return router
+
+
+def _warn_of_what_cannot_learn(moe: MoEConfig, selector: Callable[..., Any], balancer: Balancer) -> None:
+    parts = [part for part in balancer.modules() if isinstance(part, Balancer)]
+    if not any(getattr(part, "balances_load", False) for part in (getattr(selector, "func", selector), *parts)):
+        warnings.warn(
+            "moe.selector without moe.balancers that balance load: nothing keeps the experts evenly used",
+            HimoeWarning,
+            stacklevel=3,
+        )
+    if moe.renormalize and moe.top_k == 1:
+        warnings.warn(
+            "moe.renormalize = true with moe.top_k = 1: every weight is 1, so the gate learns nothing from the task; "
+            "leave it out, or raise moe.top_k",
+            HimoeWarning,
+            stacklevel=3,
+        )
+
+
+def build_groups(moe: MoEConfig) -> Groups:
+    """Return the groups of experts that a configuration names, also for a router that does not choose by group."""
+    return Groups.of(moe.groups or moe.num_groups, moe.num_experts)
+
+
+def _build_preset(moe: MoEConfig, dim: int, extra: list[Balancer]) -> Router:
+    assert moe.preset is not None
+    preset = registry.load("presets", moe.preset)
+    accepted = parameters_of(preset, f"moe.preset {moe.preset!r}")
+    given: dict[str, Any] = {"dim": dim, "num_experts": moe.num_experts, "top_k": moe.top_k}
+    if "groups" in accepted:
+        given |= {"groups": moe.groups, "num_groups": None if moe.groups else moe.num_groups}
+        given["top_k"] = moe.top_k_per_group or moe.top_k
+    elif "num_groups" in accepted:
+        given["num_groups"] = moe.num_groups
+    given |= {name: value for name, value in (("force", moe.force), ("extra", extra)) if name in accepted}
+    options = ({} if moe.renormalize is None else {"renormalize": moe.renormalize}) | moe.options
+    router = call(preset, f"moe.options of preset {moe.preset!r}", options, given)
+    check_type(router, Router, f"moe.preset {moe.preset!r}")
+    if extra and "extra" not in accepted:
+        router.balancer = Chain(router.balancer, *extra)
+        check_guards(router.balancer, top_k=moe.top_k, score=router.score, force=moe.force)
+    return router
+
+
+def _build_balancer(index: int, entry: BalancerEntry, moe: MoEConfig) -> Balancer:
+    """Build one balancer, one for every group where it is to be, and its schedule."""
+    constructor, where = registry.load("balancers", entry.name), f"moe.balancers[{index}] {entry.name!r}"
+    accepted = parameters_of(constructor, where)
+
+    def build(num_experts: int, groups: Groups, top_k: int) -> Balancer:
+        layer = {"num_experts": num_experts, "groups": groups, "top_k": top_k}
+        given = {name: value for name, value in layer.items() if name in accepted}
+        built = call(constructor, where, entry.options, given)
+        check_type(built, Balancer, where)
+        return built
+
+    groups = build_groups(moe)
+    if entry.per_group:
+        sizes = zip(groups.sizes, _top_k_per_group(moe, groups), strict=True)
+        built = PerGroup(groups, [build(size, Groups.equal(size, 1), k) for size, k in sizes])
+    else:
+        built = build(moe.num_experts, groups, moe.top_k)
+    schedule = entry.schedule
+    return built if schedule is None else Schedule(built, schedule.kind, steps=schedule.steps, scales=schedule.scales)
+
+
+def _bound(part: str, name: str, moe: MoEConfig, options: dict[str, Any]) -> Callable[..., Any]:
+    """Return a selector or score function with what the layer and the user give."""
+    function, where = registry.load(f"{part}s", name), f"moe.{part} {name!r}"
+    if part == "score" and ":" in name:
+        return function  # as it is; it need not even name its parameters
+    accepted, groups = parameters_of(function, where), build_groups(moe)
+    by_group = name in registry.GROUPED_SELECTORS
+    k = _top_k_per_group(moe, groups) if by_group else moe.top_k
+    layer = {"num_experts": moe.num_experts, "groups": groups, "k": k}
+    given = {key: value for key, value in layer.items() if key in accepted}
+    if "max_k" in accepted:
+        options = {"max_k": moe.num_experts} | options
+    return bind(function, where, options, given)
+
+
+def _top_k_per_group(moe: MoEConfig, groups: Groups) -> tuple[int, ...]:
+    return tuple(moe.top_k_per_group or [moe.top_k // groups.num_groups] * groups.num_groups)
