@@ -16,6 +16,10 @@ BALANCERS = {
     "switch": "himoe.balance.switch:Switch",
     "z_loss": "himoe.balance.z_loss:ZLoss",
     "loss_free": "himoe.balance.loss_free:LossFree",
+    "momentum": "himoe.balance.momentum:Momentum",
+    "quantile": "himoe.balance.quantile:Quantile",
+    "expert_threshold": "himoe.balance.expert_threshold:ExpertThreshold",
+    "relu_sparsity": "himoe.balance.relu_sparsity:ReluSparsity",
 }
 GATES = {
     "linear": "himoe.nn.gate:Gate",

@@ -7,7 +7,7 @@ import torch
 from tiny_recipe import DIM, config, parts, router
 
 from himoe import GELUExperts, Groups, moe_layers
-from himoe.balance import LogitCorrection, LossFree, Switch, TwoLevelTerms, ZLoss
+from himoe.balance import LogitCorrection, LossFree, Momentum, Quantile, Switch, TwoLevelTerms, ZLoss
 from himoe.build import build_model
 from himoe.config import load_config
 from himoe.config.schema import ModelConfig
@@ -68,10 +68,10 @@ def test_a_router_spelled_out():
         score="sigmoid",
         top_k=3,
         renormalize=False,
-        balancers=[{"name": "loss_free", "rate": 0.5}, {"name": "z_loss", "weight": 0.25}],
+        balancers=[{"name": "loss_free", "rate": 0.04}, {"name": "z_loss", "weight": 0.25}],
     )
     assert [type(p) for p in built.balancer.parts] == [LossFree, ZLoss]
-    assert built.balancer.parts[0].rate == 0.5 and built.balancer.parts[1].weight == 0.25
+    assert built.balancer.parts[0].rate == 0.04 and built.balancer.parts[1].weight == 0.25
     assert built.score is scores.sigmoid and not built.renormalize
     routing = built(torch.randn(5, DIM))
     assert routing.expert_ids.shape == (5, 3)
@@ -168,7 +168,7 @@ def test_a_warning_is_given_once_beside_extra_balancers():
 
 def test_a_loss_free_rate_is_held_against_softmax_scores():
     many = {"num_experts": 512, "selector": "top_k", "balancers": [{"name": "loss_free"}]}
-    with pytest.warns(HimoeWarning, match=r"rate = 0.001 is 0.512 times the mean softmax score 1/512"):
+    with pytest.warns(HimoeWarning, match=r"0.001 a step, 0.395 times the spread 0.00253 of softmax scores over 512"):
         router(**many)
     router(score="sigmoid", **many)
 
@@ -250,3 +250,31 @@ def test_a_model_has_a_router_of_its_own_in_every_layer_and_is_a_function_of_the
     for (name, a), b, c in zip(one.named_parameters(), same.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
         assert a.ndim < 2 or not torch.equal(a, c), name
+
+
+def quantile_of(*, per_group: bool = False, **moe):
+    """The quantile balancers of a configuration."""
+    return parts(router(balancers=[{"name": "quantile", "per_group": per_group}], **moe), Quantile)
+
+
+def test_a_quantile_balancer_knows_how_experts_are_chosen():
+    (flat,) = quantile_of(selector="top_k")
+    assert (flat.num_groups, flat.chosen, flat.size) == (1, 4, 8)
+    for grouped in ({"selector": "top_k_per_group"}, {"preset": "moge"}):
+        (found,) = quantile_of(**grouped)
+        assert (found.num_groups, found.chosen, found.size) == (4, 1, 2)
+    with pytest.raises(ConfigError, match=r"moe.balancers\[0\] 'quantile': .*for others set per_group = true"):
+        quantile_of(selector="top_k_per_group", groups=[[0, 1, 2], [3, 4, 5, 6, 7]], top_k=4, top_k_per_group=[1, 3])
+    each = quantile_of(
+        selector="top_k_per_group", groups=[[0, 1, 2], [3, 4, 5, 6, 7]], top_k=4, top_k_per_group=[1, 3],
+        per_group=True,
+    )  # fmt: skip
+    assert [(part.num_groups, part.chosen, part.size) for part in each] == [(1, 1, 3), (1, 3, 5)]
+
+
+def test_a_schedule_of_a_configuration_may_scale_moves():
+    schedule = {"kind": "off_after", "steps": 7, "scales": "moves"}
+    built = router(selector="top_k", score="sigmoid", balancers=[{"name": "momentum", "schedule": schedule}])
+    (found,) = built.balancer.parts
+    assert (found.kind, found.steps, found.scales) == ("off_after", 7, "moves")
+    assert isinstance(found.balancer, Momentum)

@@ -10,8 +10,13 @@ from himoe.balance import (
     Balancer,
     Chain,
     DualAscent,
+    ExpertThreshold,
     LogitCorrection,
     LossFree,
+    Momentum,
+    PerGroup,
+    Quantile,
+    ReluSparsity,
     Schedule,
     Switch,
     TwoLevelTerms,
@@ -28,7 +33,7 @@ UNEQUAL = Groups(((0, 3, 5), (1,), (2, 4, 6, 7)))
 @pytest.mark.parametrize("name", registry.BALANCERS)
 def test_every_entry_of_the_table_conforms_with_its_defaults(name):
     constructor = registry.load("balancers", name)
-    layer = {"num_experts": E, "groups": G}
+    layer = {"num_experts": E, "groups": G, "top_k": 2}
     needed = {key: value for key, value in layer.items() if key in inspect.signature(constructor).parameters}
     check_balancer(lambda: constructor(**needed), num_experts=E)
     check_balancer(lambda: constructor(**needed), num_experts=E, num_groups=G, top_k=G, score="sigmoid")
@@ -78,6 +83,22 @@ def dual() -> DualAscent:
         lambda: Schedule(Switch(), "off_after", steps=1),
         lambda: Schedule(LogitCorrection(E, tau=0.5), "two_stage", steps=2),
         lambda: Schedule(dual(), "two_stage", steps=1),
+        *(
+            lambda kind=kind, make=make: Schedule(make(), kind, steps=2, scales="moves")
+            for kind in Schedule.KINDS
+            for make in (
+                lambda: Chain(LossFree(E), LogitCorrection(E), Momentum(E)),
+                lambda: Quantile(E, 4),
+                lambda: ExpertThreshold(E, 2),
+                lambda: ReluSparsity(E, 2),
+            )
+        ),
+        lambda: Quantile(E, 4, selection_groups=G, space="linear"),
+        lambda: Quantile(E, 4, smoothing=0.7),
+        lambda: PerGroup(Groups.equal(E, G), [Quantile(2, 1) for _ in range(G)]),
+        lambda: Momentum(E, rate=0.05, kappa=0.5, beta=0.9),
+        lambda: ExpertThreshold(E, 4, beta=0.0, start=0.1),
+        lambda: ReluSparsity(E, 4, start=0.5, balance=False),
         lambda: Chain(LogitCorrection(E), Schedule(terms(), "warmup", steps=5), Switch(), ZLoss(), LossFree(E)),
         lambda: Chain(Chain(LossFree(E), dual()), Switch(), Switch()),
     ],

@@ -8,14 +8,24 @@ from torch.nn import functional as F
 
 import himoe
 from himoe import Balancer, Capacity, Chain, DecoderLM, DualAscent, MoE, SwiGLUExperts, presets
-from himoe.balance import LogitCorrection, LossFree, Schedule, Switch, TwoLevelTerms, ZLoss
+from himoe.balance import (
+    ExpertThreshold,
+    LogitCorrection,
+    LossFree,
+    Momentum,
+    Quantile,
+    Schedule,
+    Switch,
+    TwoLevelTerms,
+    ZLoss,
+)
 from himoe.nn import SwiGLU
 
 V, D, E, K, G = 17, 8, 8, 4, 4
 
 
 def everything(num_experts: int = E, groups: int = G) -> Balancer:
-    """Every balancer of this project in one chain, with rates that show."""
+    """Every balancer for softmax scores in one chain, with rates that show."""
     terms = TwoLevelTerms(num_experts, groups, lambda_intra=0.01, lambda_inter=0.02)
     return Chain(
         LogitCorrection(num_experts, tau=0.5, beta=0.5),
@@ -23,6 +33,9 @@ def everything(num_experts: int = E, groups: int = G) -> Balancer:
         Schedule(TwoLevelTerms(num_experts, groups, intra="entropy", inter="sparse"), "warmup", steps=3),
         Switch(weight=0.05),
         ZLoss(weight=0.01),
+        Quantile(num_experts, groups, selection_groups=groups),
+        Schedule(Momentum(num_experts, rate=0.01), "off_after", steps=4, scales="moves"),
+        ExpertThreshold(num_experts, groups, beta=0.5),
         LossFree(num_experts, rate=0.01),
     )
 

@@ -3,9 +3,13 @@
 from himoe.balance.base import Balancer, step_balancers
 from himoe.balance.chain import Chain
 from himoe.balance.dual_ascent import DualAscent
+from himoe.balance.expert_threshold import ExpertThreshold
 from himoe.balance.logit_correction import LogitCorrection
 from himoe.balance.loss_free import LossFree
+from himoe.balance.momentum import Momentum
 from himoe.balance.per_group import PerGroup
+from himoe.balance.quantile import Quantile
+from himoe.balance.relu_sparsity import ReluSparsity
 from himoe.balance.schedule import Schedule
 from himoe.balance.sequence import SequenceBalance
 from himoe.balance.switch import Switch
@@ -16,9 +20,13 @@ __all__ = [
     "Balancer",
     "Chain",
     "DualAscent",
+    "ExpertThreshold",
     "LogitCorrection",
     "LossFree",
+    "Momentum",
     "PerGroup",
+    "Quantile",
+    "ReluSparsity",
     "Schedule",
     "SequenceBalance",
     "Switch",

@@ -33,6 +33,12 @@ class Balancer(nn.Module):
     causal: bool = True
     """False for a strategy with which a later token can change an earlier one's routing: not for language models."""
 
+    bias_step: float | None = None
+    """How far an optimizer step moves what is added to the scores of the choice, where that is a rate; else None."""
+
+    bias_multiplies: bool = False
+    """True where scores are multiplied instead, by what `bias_step` moves from 1."""
+
     def __init__(self) -> None:
         super().__init__()
         self.sums: dict[str, Tensor] = {}

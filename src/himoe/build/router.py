@@ -22,8 +22,6 @@ def build_router(moe: MoEConfig, dim: int) -> Router:
     assert moe.selector and moe.score, "without a preset, the configuration has settled both"
     selector, score = _bound("selector", moe.selector, moe, moe.selector_options), _bound("score", moe.score, moe, {})
     balancer = Chain(*extra)
-    check_guards(balancer, top_k=moe.top_k, score=score, force=moe.force)
-    _warn_of_what_cannot_learn(moe, selector, balancer)
     gate = registry.load("gates", moe.gate)
     router = Router(
         call(gate, f"moe.gate {moe.gate!r}", moe.gate_options, {"dim": dim, "num_experts": moe.num_experts}),
@@ -38,6 +36,8 @@ def build_router(moe: MoEConfig, dim: int) -> Router:
         try_out(router, " with ".join(own), dim)
     else:
         construct(lambda: router.top_k, f"moe.selector {moe.selector!r}")  # chooses once: options that do not fit show
+    check_guards(balancer, top_k=moe.top_k, score=score, num_experts=moe.num_experts, force=moe.force)
+    _warn_of_what_cannot_learn(moe, selector, balancer)
     return router
 
 
@@ -79,7 +79,8 @@ def _build_preset(moe: MoEConfig, dim: int, extra: list[Balancer]) -> Router:
     check_type(router, Router, f"moe.preset {moe.preset!r}")
     if extra and "extra" not in accepted:
         router.balancer = Chain(router.balancer, *extra)
-        check_guards(router.balancer, top_k=moe.top_k, score=router.score, force=moe.force)
+        facts = {"top_k": moe.top_k, "num_experts": moe.num_experts, "force": moe.force}
+        check_guards(router.balancer, score=router.score, **facts)
     return router
 
 
@@ -88,8 +89,10 @@ def _build_balancer(index: int, entry: BalancerEntry, moe: MoEConfig) -> Balance
     constructor, where = registry.load("balancers", entry.name), f"moe.balancers[{index}] {entry.name!r}"
     accepted = parameters_of(constructor, where)
 
-    def build(num_experts: int, groups: Groups, top_k: int) -> Balancer:
+    def build(num_experts: int, groups: Groups, top_k: int, chosen_by: Groups | None = None) -> Balancer:
         layer = {"num_experts": num_experts, "groups": groups, "top_k": top_k}
+        if chosen_by is not None and "selection_groups" in accepted:
+            layer |= {"selection_groups": chosen_by, "top_k": _top_k_per_group(moe, chosen_by)}
         given = {name: value for name, value in layer.items() if name in accepted}
         built = call(constructor, where, entry.options, given)
         check_type(built, Balancer, where)
@@ -100,7 +103,8 @@ def _build_balancer(index: int, entry: BalancerEntry, moe: MoEConfig) -> Balance
         sizes = zip(groups.sizes, _top_k_per_group(moe, groups), strict=True)
         built = PerGroup(groups, [build(size, Groups.equal(size, 1), k) for size, k in sizes])
     else:
-        built = build(moe.num_experts, groups, moe.top_k)
+        by_group = moe.preset in registry.GROUPED_PRESETS or moe.selector in registry.GROUPED_SELECTORS
+        built = build(moe.num_experts, groups, moe.top_k, groups if by_group else None)
     schedule = entry.schedule
     return built if schedule is None else Schedule(built, schedule.kind, steps=schedule.steps, scales=schedule.scales)
 

@@ -19,7 +19,7 @@ from himoe.registry import TABLES, load
 KINDS = (*TABLES, "recipes")
 LINE = 80
 # Arguments that the configuration's other keys and the layer itself settle; the rest are an entry's options.
-SETTLED = {"dim", "hidden_dim", "num_experts", "num_groups", "groups", "top_k", "k",
+SETTLED = {"dim", "hidden_dim", "num_experts", "num_groups", "groups", "selection_groups", "top_k", "k",
            "backend", "context", "extra", "force", "logits", "scores"}  # fmt: skip
 
 
