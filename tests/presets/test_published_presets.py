@@ -7,7 +7,7 @@ import torch
 from tiny_recipe import router as router_of
 
 from himoe import MoE, SwiGLUExperts, presets
-from himoe.balance import LossFree, SequenceBalance, Switch, ZLoss
+from himoe.balance import LossFree, SequenceBalance, Switch, ZLoss, step_balancers
 from himoe.errors import ConfigError
 from himoe.functional import scores
 from himoe.registry import PRESETS, load
@@ -61,10 +61,12 @@ def test_switch_transformers_has_its_loss_within_sequences():
 
 
 def test_glm_is_deepseek_without_a_limit_on_groups():
-    router = presets.glm4_moe(D, E, 4, num_groups=8, rate=0.5, freeze_after=3, sequence_weight=0.25)
+    router = presets.glm4_moe(D, E, 4, num_groups=8, rate=0.5, sequence_weight=0.25)
     bias, loss = router.balancer.parts
     assert isinstance(bias, LossFree) and isinstance(loss, SequenceBalance)
-    assert (bias.rate, bias.freeze_after, loss.weight) == (0.5, 3, 0.25)
+    assert (bias.rate, loss.weight) == (0.5, 0.25)
+    usual_bias, usual_loss = presets.glm4_moe(D, E).balancer.parts
+    assert (usual_bias.rate, usual_loss.weight) == (1e-3, 1e-4)
     assert router.score is scores.sigmoid and router.renormalize and router.scaling_factor == 2.5
     one_group = presets.glm4_moe(D, E, 4)
     one_group.gate.load_state_dict(router.gate.state_dict())
@@ -76,6 +78,18 @@ def test_glm_is_deepseek_without_a_limit_on_groups():
     assert limited(tokens()).expert_ids.div(2, rounding_mode="floor").sort(-1).values.diff().ne(0).sum(-1).eq(1).all()
     plain = presets.glm4_moe(D, E, 4, renormalize=False, scaling_factor=3.0)(tokens())
     torch.testing.assert_close(plain.weights, 3 * plain.logits.sigmoid().gather(1, plain.expert_ids))
+
+
+def test_the_bias_of_glm_stands_still_after_as_many_steps_as_asked_for():
+    router = presets.glm4_moe(D, E, 4, freeze_after=2)
+    (bias,) = [part for part in router.balancer.modules() if isinstance(part, LossFree)]
+    found = []
+    for seed in range(4):
+        router.balancer.observe(router(tokens(seed)))
+        step_balancers([router.balancer])
+        found.append(bias.bias.clone())
+    assert not torch.equal(found[0], found[1])
+    assert torch.equal(found[1], found[3])
 
 
 @pytest.mark.parametrize("name", NAMES)
