@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 from tiny_recipe import router as router_of
+from torch.utils.checkpoint import checkpoint
 
 from himoe import MoE, SwiGLUExperts, presets
 from himoe.balance import LossFree, SequenceBalance, Switch, ZLoss, step_balancers
@@ -180,6 +181,20 @@ def test_where_all_are_used_both_policies_are_the_same(top_k):
         outputs.append((y, loss, router.gate.weight.grad, routing.expert_ids))
     for one, other in zip(*outputs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+
+
+def test_a_recomputed_forward_pass_uses_the_same_second_experts():
+    layer = MoE(presets.st_moe(D, E, second="random", second_threshold=0.9), SwiGLUExperts(E, D, 4)).double()
+    grads = []
+    for recompute in (False, True):
+        layer.zero_grad()
+        torch.manual_seed(1)
+        x = tokens().double().requires_grad_()
+        y = checkpoint(lambda x: layer(x)[0], x, use_reentrant=False) if recompute else layer(x)[0]
+        y.square().sum().backward()
+        grads.append([x.grad, *(parameter.grad for parameter in layer.parameters())])
+    for one, other in zip(*grads, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_skipped_second_experts_count_for_no_loss_and_cost_no_pair():
