@@ -10,9 +10,10 @@ from transformers.models.switch_transformers.configuration_switch_transformers i
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
 
 from himoe import Capacity, GELUExperts, MoE, presets
+from himoe.nn import ReLUExperts
 
 ROWS, LENGTH, D, F, E = 3, 10, 6, 7, 5
-EXPERTS = {"gelu": GELUExperts}
+EXPERTS = {"relu": ReLUExperts, "gelu": GELUExperts}  # relu is the published one
 
 
 def make_block(places: int, activation: str, seed: int) -> SwitchTransformersSparseMLP:
@@ -91,9 +92,9 @@ def test_without_a_limit_a_whole_batch_is_theirs(activation):
 
 
 def test_evaluation_drops_as_theirs_only_where_it_is_asked_to():
-    block = make_block(3, "gelu", 0).eval()
+    block = make_block(3, "relu", 0).eval()
     x, _ = batch(0)
-    dropping = our_layer(block, "gelu", Capacity(3 * E / LENGTH, drop_in_eval=True)).eval()
-    usual = our_layer(block, "gelu", Capacity(3 * E / LENGTH)).eval()
+    dropping = our_layer(block, "relu", Capacity(3 * E / LENGTH, drop_in_eval=True)).eval()
+    usual = our_layer(block, "relu", Capacity(3 * E / LENGTH)).eval()
     torch.testing.assert_close(dropping(x[:1])[0], block(x[:1]), rtol=1e-5, atol=1e-5)
     assert usual(x[:1])[1].kept.all()
