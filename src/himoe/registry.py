@@ -65,6 +65,12 @@ PRESETS = {
     "switch": "himoe.presets.switch:switch",
     "loss_free": "himoe.presets.loss_free:loss_free",
     "deepseek_v3": "himoe.presets.deepseek_v3:deepseek_v3",
+    "glm4_moe": "himoe.presets.glm4_moe:glm4_moe",
+    "mixtral": "himoe.presets.mixtral:mixtral",
+    "olmoe": "himoe.presets.olmoe:olmoe",
+    "qwen3_moe": "himoe.presets.qwen3_moe:qwen3_moe",
+    "st_moe": "himoe.presets.st_moe:st_moe",
+    "switch_transformers": "himoe.presets.switch_transformers:switch_transformers",
 }
 GROUPED_PRESETS = frozenset({"hi_moe", "hi_moe_paper", "hi_moe_official", "moge"})
 TABLES = {

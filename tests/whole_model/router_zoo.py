@@ -54,8 +54,10 @@ GROUPED = {
     "everything": _with_everything,
 }
 FLAT = {"switch": presets.switch, "loss_free": presets.loss_free, "deepseek_v3": presets.deepseek_v3}
+PUBLISHED = ("glm4_moe", "mixtral", "olmoe", "qwen3_moe", "st_moe", "switch_transformers")
+FLAT |= {name: getattr(presets, name) for name in PUBLISHED}
 ALL = [*GROUPED, *FLAT]
-CAUSAL = ["hi_moe", "moge", "everything", "switch", "loss_free", "deepseek_v3"]
+CAUSAL = ["hi_moe", "moge", "everything", "switch", "loss_free", "deepseek_v3", *PUBLISHED]
 
 
 def make_router(name: str, num_experts: int = E, top_k: int = K):
