@@ -17,7 +17,7 @@ from himoe.cli.tables import print_entries
 
 @dataclass(kw_only=True)
 class List(Verb):
-    """List balancers, selectors, presets, recipes and more, or show one in full.
+    """List what a configuration can name, or show one entry in full.
 
     Examples:
       himoe list
