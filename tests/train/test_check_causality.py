@@ -60,7 +60,7 @@ def test_a_run_that_was_allowed_not_to_be_causal(capsys, allowed):
     assert all(one["layer"] == 1 and one["what"] in ("experts", "weights") for one in leaks)
     assert "himoe: warning: LogitCorrection (" in err
     text = checked(capsys, allowed, status=1).out
-    end = " ".join(text.splitlines()[-5:])
+    end = " ".join(" ".join(text.splitlines()[-5:]).split())
     assert "LogitCorrection says it is not causal: the mean of the same batch holds later tokens" in end
     assert "not causal in training mode: tokens from 1 on change what is said at 0, first in layer 1, whose" in end
     assert max(map(len, text.splitlines()[1:])) <= 80
