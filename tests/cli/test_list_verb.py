@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+from jaxtyping import Int
 
 from himoe.balance import Balancer
 from himoe.build import build_model
@@ -74,8 +75,8 @@ def test_first_lines_are_whole_sentences_without_numbers_of_papers(table):
 def test_the_card_of_a_balancer(capsys):
     found = as_json(capsys, "balancers", "loss_free")
     assert found["where"] == "himoe.balance.loss_free:LossFree" and found["papers"][0] == "2408.15664"
-    assert (found["balances_load"], found["causal"]) == (True, True)
-    assert found["state"] == {"bias": "(E,) float32"} and found["parameters"] == {}
+    facts = {"state": {"bias": "(E,) float32"}, "parameters": {}, "balances_load": True, "causal": True, "made_of": {}}
+    assert found["facts"] == facts
     options = {option.pop("name"): option for option in found["options"]}
     assert list(options)[:3] == ["rate", "update", "centred"]
     assert options["rate"]["kind"] == "number" and options["rate"]["default"] == "0.001"
@@ -95,9 +96,9 @@ def test_the_card_of_a_preset_shows_what_it_is_made_of(capsys):
         "selectors": ["top_k_per_group"],
         "balancers": ["logit_correction", "two_level", "switch"],
     }
-    assert found["made_of"] == parts
-    assert found["parameters"] == {"gate.weight": "(E, D) float32"}
-    assert found["state"] == {"balancer.parts.0.mean_logits": "(E,) float32"}
+    assert found["facts"]["made_of"] == parts
+    assert found["facts"]["parameters"] == {"gate.weight": "(E, D) float32"}
+    assert found["facts"]["state"] == {"balancer.parts.0.mean_logits": "(E,) float32"}
     text = printed(capsys, "presets", "hi_moe").out
     assert "balancers logit_correction, two_level, switch" in text
     assert re.search(r"^balances load +yes$", text, re.M) and re.search(r"^causal +yes$", text, re.M)
@@ -108,7 +109,7 @@ def test_options_that_are_as_in_another_are_explained_with_their_own_defaults(ca
     options = {option["name"]: option for option in found["options"]}
     assert options["lambda_intra"]["default"] == "0.1" and options["lambda_intra"]["meaning"]
     assert any("`alpha` is K·0.01" in block for block in found["text"])
-    assert found["causal"] is False and "allow_non_causal = true" in found["configuration"]
+    assert found["facts"]["causal"] is False and "allow_non_causal = true" in found["configuration"]
     assert "no: refused in a language model unless allowed" in printed(capsys, "hi_moe_paper").out
 
 
@@ -116,21 +117,25 @@ def test_options_that_are_as_in_another_are_explained_with_their_own_defaults(ca
 def test_every_card_is_whole(capsys, monkeypatch, table, name):
     found = card(table, name)
     assert all(option.meaning and option.kind and option.name not in SETTLED for option in found.options), found
-    assert found.causal is not None, "it could not be built by itself"
-    assert (found.balances_load is None) == (table not in ("balancers", "selectors", "presets"))
+    assert found.facts.causal is not None, "it could not be built by itself"
+    assert (found.facts.balances_load is None) == (table not in ("balancers", "selectors", "presets"))
     assert found.opening and found.description
     for columns in ("80", "120"):
         monkeypatch.setenv("COLUMNS", columns)
         text = printed(capsys, table, name).out
         assert all(f" {option.name} " in text for option in found.options)
         prose = text.partition("How it works")[0] + text.partition("\nOptions")[2]
-        assert max(map(len, prose.splitlines())) <= int(columns)
+        lines = [line for line in prose.splitlines() if not line.startswith("defined in")]
+        assert max(map(len, lines)) <= int(columns)
 
 
 @pytest.mark.parametrize(("table", "name"), EVERY)
 def test_a_card_shows_a_configuration_that_builds_and_names_its_options(capsys, tmp_path, table, name):
     file = tmp_path / "my.toml"
     text = printed(capsys, table, name).out.partition(CONFIGURATION)[2]
+    if not card(table, name).configuration:
+        assert "In Python only" in text and {option.kind for option in card(table, name).options} & {"tensor"}
+        return
     file.write_text('recipe = "lm_tiny"\n' + text, encoding="utf-8")
     moe = load_config(file).moe
     assert name in (moe.preset, moe.selector, moe.score, moe.experts, moe.gate, *(b.name for b in moe.balancers))
@@ -170,6 +175,11 @@ class Mine(Balancer):
         self.register_buffer("seen", torch.zeros(num_experts))
 
 
+def given(scores, context, *, expert_ids: Int[torch.Tensor, "T K"]):
+    """Whatever was given."""
+    return expert_ids, torch.ones_like(expert_ids, dtype=torch.bool)
+
+
 class Needy(Balancer):
     """Cannot be built without being told something."""
 
@@ -181,7 +191,7 @@ class Needy(Balancer):
 def reader(monkeypatch):
     """Make this file importable as somebody's module."""
     module = types.ModuleType("reader", doc="What the reader says.")
-    module.Mine, module.Needy = Mine, Needy
+    module.Mine, module.Needy, module.given = Mine, Needy, given
     monkeypatch.setitem(sys.modules, "reader", module)
 
 
@@ -189,10 +199,15 @@ def test_a_readers_own_has_a_card_too(capsys, reader):
     found = as_json(capsys, "balancers", "reader:Mine")
     assert (found["description"], found["papers"]) == ("Mine.", ["1234.56789"])
     assert found["options"] == [{"name": "strength", "kind": "number", "default": "0.5", "meaning": "how much."}]
-    assert (found["state"], found["balances_load"], found["causal"]) == ({"seen": "(E,) float32"}, False, False)
+    assert found["facts"]["state"] == {"seen": "(E,) float32"}
+    assert (found["facts"]["balances_load"], found["facts"]["causal"]) == (False, False)
     assert found["configuration"].endswith('[[moe.balancers]]\nname = "reader:Mine"\nstrength = 0.5')
-    assert as_json(capsys, "balancers", "reader:Needy")["causal"] is None
-    assert "must be given" in printed(capsys, "balancers", "reader:Needy").out
+    assert as_json(capsys, "balancers", "reader:Needy")["facts"]["causal"] is None
+    assert "# needed = …  # must be given" in printed(capsys, "balancers", "reader:Needy").out
+    given = as_json(capsys, "selectors", "reader:given")
+    assert (given["options"][0]["kind"], given["configuration"]) == ("tensor", "")
+    assert (given["facts"]["causal"], given["facts"]["balances_load"]) == (True, False)
+    assert "In Python only" in printed(capsys, "selectors", "reader:given").out
 
 
 def test_list_of_a_recipe_is_its_file(capsys, tmp_path):

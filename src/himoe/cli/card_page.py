@@ -49,29 +49,32 @@ def print_card(console: Console, card: Card) -> None:
         console.print()
         _print_block(console, EVERY_BALANCER, width)
     console.print("\n[bold]In a configuration[/bold]", highlight=False)
-    print(textwrap.indent(card.configuration.rstrip(), "  "))
+    if card.configuration:
+        print(textwrap.indent(card.configuration.rstrip(), "  "))
+    else:
+        _print_block(console, "In Python only: an option that must be given is a tensor.", width)
 
 
 def _facts(card: Card) -> list[tuple[str, str]]:
     """Return the short facts, those that are known and are this kind's business."""
-    yes = {True: "yes", False: "no"}
-    links = [f"arXiv {paper}, https://arxiv.org/abs/{paper}" for paper in card.papers]
-    facts = [("paper" if not number else "", link) for number, link in enumerate(links)]
-    facts += [("defined in", card.where)]
-    facts += [
-        ("made of" if not number else "", f"{table if len(names) > 1 else SINGULAR[table]} {', '.join(names)}")
-        for number, (table, names) in enumerate(card.made_of.items())
-    ]
-    if card.balances_load is not None:
-        facts += [("balances load", yes[card.balances_load])]
-    if card.causal is not None and card.table in ("balancers", "presets", "selectors", "gates"):
-        facts += [("causal", yes[card.causal] if card.causal else "no: refused in a language model unless allowed")]
-    for title, tensors in (("learns", card.parameters), ("state", card.state)):
-        lines = [f"{name} {shape}" for name, shape in tensors.items()]
-        facts += [(title if not number else "", line) for number, line in enumerate(lines)]
-    if not card.state and card.table in ("balancers", "presets"):
-        facts += [("state", "none")]
-    return facts
+    facts, yes = card.facts, {True: "yes", False: "no"}
+    rows = _rows("paper", [f"arXiv {paper}, https://arxiv.org/abs/{paper}" for paper in card.papers])
+    rows += [("defined in", card.where)]
+    composed = {
+        table if len(names) > 1 else SINGULAR[table]: ", ".join(names) for table, names in facts.made_of.items()
+    }
+    rows += _rows("made of", [f"{table} {names}" for table, names in composed.items()])
+    if facts.balances_load is not None:
+        rows += [("balances load", yes[facts.balances_load])]
+    if facts.causal is not None and card.table not in ("scores", "experts"):
+        rows += [("causal", "yes" if facts.causal else "no: refused in a language model unless allowed")]
+    rows += _rows("learns", [f"{name} {shape}" for name, shape in facts.parameters.items()])
+    state = [f"{name} {shape}" for name, shape in facts.state.items()]
+    return rows + _rows("state", state or ["none"] * (card.table in ("balancers", "presets")))
+
+
+def _rows(title: str, lines: Sequence[str]) -> list[tuple[str, str]]:
+    return [("" if number else title, line) for number, line in enumerate(lines)]
 
 
 def _print_rows(console: Console, rows: Sequence[tuple[str, str]], width: int) -> None:

@@ -5,17 +5,17 @@ What can only be known of the thing itself, such as its state, is read off a sma
 
 import inspect
 import sys
-import warnings
+from collections.abc import Hashable
 from dataclasses import dataclass, field
-from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from himoe.cli.catalogue import KINDS
 from himoe.cli.docstrings import first_line, papers, sections
+from himoe.cli.specimen import Facts, facts_of
 from himoe.config.key_tables import PLAIN_TYPES
 from himoe.config.recipes import recipe_description, recipe_text
 from himoe.config.toml import format_value
-from himoe.errors import HimoeError, HimoeWarning
 from himoe.registry import TABLES, load
 
 # Arguments that the configuration's other keys and the layer itself settle; the rest are an entry's options.
@@ -31,12 +31,9 @@ PLACE = {
     "experts": '[moe]\nexperts = "{0}"',
     "presets": '[moe]\npreset = "{0}"',
 }
-# Sizes of the small layer, by which the letters of a shape are known again.
-DIM = 10
-SIZES = {"num_experts": 12, "num_groups": 3, "top_k": 3, "expert_dim": 14, "force": True}
-LETTERS = {12: "E", 10: "D", 14: "F", 28: "2F", 3: "G"}
 SPELLED_OUT = '[[moe.balancers]]\nname = "switch"'
 """What stands beside a gate, a selector or a score, so that the experts are used evenly."""
+REQUIRED, TENSOR = "must be given", "tensor"
 
 
 @dataclass(frozen=True)
@@ -62,12 +59,8 @@ class Card:
         opening: what its file opens with: formula, deviations.
         text: blocks of its own docstring.
         options: what a configuration can give it.
-        state: what is saved with a model and moves without gradients, by name, with shape and dtype.
-        parameters: what is learned, likewise.
-        balances_load: whether it drives the experts towards equal load; None where that is not its business.
-        causal: whether it leaves earlier tokens alone; None where it could not be built by itself.
-        made_of: of a preset, the entries that it puts together, by table.
-        configuration: TOML that uses it; of a recipe, the whole file.
+        facts: what only the thing itself can tell, see `Facts`.
+        configuration: TOML that uses it, empty where no TOML can; of a recipe, the whole file.
     """
 
     table: str
@@ -78,11 +71,7 @@ class Card:
     opening: str = ""
     text: list[str] = field(default_factory=list)
     options: list[Option] = field(default_factory=list)
-    state: dict[str, str] = field(default_factory=dict)
-    parameters: dict[str, str] = field(default_factory=dict)
-    balances_load: bool | None = None
-    causal: bool | None = None
-    made_of: dict[str, list[str]] = field(default_factory=dict)
+    facts: Facts = field(default_factory=Facts)
     configuration: str = ""
 
 
@@ -97,7 +86,7 @@ def card(kind: str, name: str) -> Card:
     text, arguments = sections(doc)
     text += [f"Options are {meaning}" for option, meaning in arguments.items() if option.startswith("**")]
     options = _options(entry)
-    facts = _facts(kind, name)
+    facts = facts_of(kind, name)
     return Card(
         kind,
         name,
@@ -107,79 +96,9 @@ def card(kind: str, name: str) -> Card:
         opening,
         text,
         options,
-        **facts,
-        configuration=_configuration(kind, name, options, facts.get("causal")),
+        facts,
+        _configuration(kind, name, options, facts),
     )
-
-
-def _facts(kind: str, name: str) -> dict[str, Any]:
-    """Return what only the thing itself can tell, read off a small layer that has it."""
-    from torch import nn
-
-    from himoe.balance import Balancer
-    from himoe.build import build_moe
-    from himoe.config import load_config
-    from himoe.nn import non_causal_parts
-
-    key = kind.removesuffix("s") if kind != "experts" else kind
-    part = {"balancers": [{"name": name}]} if kind == "balancers" else {key: name}
-    moe = (SIZES if kind in ("presets", "experts") else {**SIZES, "selector": "top_k"}) | part
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", HimoeWarning)
-        try:
-            layer = build_moe(load_config("lm_tiny", overrides={"moe": moe}).moe, DIM)
-        except HimoeError:  # a reader's own part may need options
-            return {}
-    found = _part(kind, layer)
-    balancing = [m for m in found.modules() if isinstance(m, Balancer)] if isinstance(found, nn.Module) else [found]
-    state, parameters = ({}, {})
-    if isinstance(found, nn.Module):
-        state = {name: _shape(value) for name, value in found.named_buffers()}
-        parameters = {name: _shape(value) for name, value in found.named_parameters()}
-    concerned = kind in ("balancers", "selectors", "presets")
-    return {
-        "state": state,
-        "parameters": parameters,
-        "balances_load": any(getattr(p, "balances_load", False) for p in balancing) if concerned else None,
-        "causal": not non_causal_parts(layer),
-        "made_of": _composition(found) if kind == "presets" else {},
-    }
-
-
-def _part(kind: str, layer: Any) -> Any:
-    """Return that of a layer which comes from a table: a module, or a function without its options."""
-    router = layer.router
-    part = {
-        "balancers": lambda: router.balancer.parts[0],
-        "gates": lambda: router.gate,
-        "selectors": lambda: router.selector,
-        "scores": lambda: router.score,
-        "experts": lambda: layer.experts,
-        "presets": lambda: router,
-    }[kind]()
-    return getattr(part, "func", part)
-
-
-def _composition(router: Any) -> dict[str, list[str]]:
-    """Return the names in their tables of what a preset puts together, or those of their classes."""
-    from himoe.balance import Balancer, Chain
-
-    balancers = [m for m in router.balancer.modules() if isinstance(m, Balancer) and not isinstance(m, Chain)]
-    parts = {"gates": [router.gate], "scores": [router.score], "selectors": [router.selector], "balancers": balancers}
-    return {table: [_name(table, part) for part in found] for table, found in parts.items()}
-
-
-def _name(table: str, part: Any) -> str:
-    thing = getattr(part, "func", part)
-    made_by = thing if inspect.isfunction(thing) else type(thing)
-    own = f"{made_by.__module__}:{made_by.__name__}"
-    return next((name for name in TABLES[table] if load(table, name) is made_by), own)
-
-
-def _shape(value: Any) -> str:
-    """Return a shape in the project's letters and the dtype, as in `(E, D) float32`."""
-    sizes = ", ".join(LETTERS.get(size, str(size)) for size in value.shape)
-    return f"({sizes}{',' * (value.ndim == 1)}) {str(value.dtype).removeprefix('torch.')}"
 
 
 def _options(entry: Any) -> list[Option]:
@@ -203,29 +122,37 @@ def _kind(annotation: Any) -> str:
     >>> _kind(int | None), _kind(Literal["a", "b"]), _kind(tuple[str, ...] | None)
     ('whole number or none', '"a" or "b"', 'list or none')
     """
-    if isinstance(annotation, UnionType):
-        return " or ".join(_kind(part) for part in get_args(annotation))
-    if get_origin(annotation) is Literal:
-        return " or ".join(map(format_value, get_args(annotation)))
-    if annotation in PLAIN_TYPES or annotation is NoneType:
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        return " or ".join(map(_kind, inner))
+    if origin is Literal:
+        return " or ".join(map(format_value, inner))
+    if isinstance(annotation, Hashable) and annotation in PLAIN_TYPES:
         return PLAIN_TYPES[annotation]
+    if getattr(annotation, "__module__", "").partition(".")[0] in ("torch", "jaxtyping"):
+        return TENSOR
     return "any" if annotation is inspect.Parameter.empty else "list"
 
 
 def _default(option: inspect.Parameter) -> str:
     if option.default is option.empty:
-        return "must be given"
+        return REQUIRED
     return "none" if option.default is None else format_value(option.default)
 
 
-def _configuration(kind: str, name: str, options: list[Option], causal: bool | None) -> str:
-    """Return TOML that uses the entry, with its first option that has a value."""
-    place = PLACE[kind].format(name)
-    given = next((f"{o.name} = {o.default}" for o in options if o.default not in ("none", "must be given")), "")
-    if causal is False and kind != "balancers":
-        place += "\nallow_non_causal = true"
-    if given:
-        place += f"\n\n[{OPTIONS[kind]}]\n{given}" if kind in OPTIONS else f"\n{given}" if kind == "balancers" else ""
-    if causal is False and kind == "balancers":
-        place = f"[moe]\nallow_non_causal = true\n\n{place}"
-    return f"{place}\n\n{SPELLED_OUT}" if kind in ("gates", "selectors", "scores") else place
+def _configuration(kind: str, name: str, options: list[Option], facts: Facts) -> str:
+    """Return TOML that uses the entry, with its first option that has a value, or with all that must be given."""
+    required = [option for option in options if option.default == REQUIRED]
+    if any(option.kind == TENSOR for option in required):
+        return ""
+    place, allow = PLACE[kind].format(name), "allow_non_causal = true" if facts.causal is False else ""
+    if kind == "balancers":
+        place = f"[moe]\n{allow}\n\n{place}" if allow else place
+    elif allow:
+        place += f"\n{allow}"
+    shown = [f"# {option.name} = …  # must be given" for option in required]
+    shown += [f"{option.name} = {option.default}" for option in options if option.default not in ("none", REQUIRED)][:1]
+    if shown and (kind in OPTIONS or kind == "balancers"):
+        place += "".join([f"\n\n[{OPTIONS[kind]}]" if kind in OPTIONS else "", *(f"\n{line}" for line in shown)])
+    alone = kind not in ("gates", "selectors", "scores") or facts.balances_load
+    return place if alone else f"{place}\n\n{SPELLED_OUT}"
