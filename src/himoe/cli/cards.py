@@ -25,9 +25,9 @@ SETTLED = {"dim", "hidden_dim", "num_experts", "num_groups", "groups", "top_k", 
 OPTIONS = {"presets": "moe.options", "gates": "moe.gate_options", "selectors": "moe.selector_options"}
 PLACE = {
     "balancers": '[[moe.balancers]]\nname = "{0}"',
-    "gates": '[moe]\nselector = "top_k"\ngate = "{0}"',
+    "gates": '[moe]\nselector = "{1}"\ngate = "{0}"',
     "selectors": '[moe]\nselector = "{0}"',
-    "scores": '[moe]\nselector = "top_k"\nscore = "{0}"',
+    "scores": '[moe]\nselector = "{1}"\nscore = "{0}"',
     "experts": '[moe]\nexperts = "{0}"',
     "presets": '[moe]\npreset = "{0}"',
 }
@@ -145,7 +145,7 @@ def _configuration(kind: str, name: str, options: list[Option], facts: Facts) ->
     required = [option for option in options if option.default == REQUIRED]
     if any(option.kind == TENSOR for option in required):
         return ""
-    place, allow = PLACE[kind].format(name), "allow_non_causal = true" if facts.causal is False else ""
+    place, allow = PLACE[kind].format(name, facts.beside), "allow_non_causal = true" if facts.causal is False else ""
     if kind == "balancers":
         place = f"[moe]\n{allow}\n\n{place}" if allow else place
     elif allow:
