@@ -11,6 +11,7 @@ from rich.table import Table
 
 from himoe.cli.cards import Card
 from himoe.cli.catalogue import SINGULAR
+from himoe.cli.docstrings import ARXIV
 
 WIDEST = 110
 """Lines longer than this are hard to read, however wide the terminal."""
@@ -58,7 +59,7 @@ def print_card(console: Console, card: Card) -> None:
 def _facts(card: Card) -> list[tuple[str, str]]:
     """Return the short facts, those that are known and are this kind's business."""
     facts, yes = card.facts, {True: "yes", False: "no"}
-    rows = _rows("paper", [f"arXiv {paper}, https://arxiv.org/abs/{paper}" for paper in card.papers])
+    rows = _rows("paper", [_link(paper) for paper in card.papers])
     rows += [("defined in", card.where)]
     composed = {
         table if len(names) > 1 else SINGULAR[table]: ", ".join(names) for table, names in facts.made_of.items()
@@ -71,6 +72,10 @@ def _facts(card: Card) -> list[tuple[str, str]]:
     rows += _rows("learns", [f"{name} {shape}" for name, shape in facts.parameters.items()])
     state = [f"{name} {shape}" for name, shape in facts.state.items()]
     return rows + _rows("state", state or ["none"] * (card.table in ("balancers", "presets")))
+
+
+def _link(paper: str) -> str:
+    return f"arXiv {paper}, https://arxiv.org/abs/{paper}" if ARXIV.fullmatch(paper) else paper
 
 
 def _rows(title: str, lines: Sequence[str]) -> list[tuple[str, str]]:

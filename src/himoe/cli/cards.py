@@ -55,7 +55,7 @@ class Card:
         name: its name there.
         description: what it is, in a line.
         where: `"module:Name"`, or a recipe's file.
-        papers: arXiv numbers that it names, its own first.
+        papers: arXiv numbers that it names, its own first, or another source.
         opening: what its file opens with: formula, deviations.
         text: blocks of its own docstring.
         options: what a configuration can give it.

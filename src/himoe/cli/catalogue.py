@@ -15,7 +15,7 @@ SINGULAR = {"experts": "kind of experts"} | {kind: kind.removesuffix("s") for ki
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of `himoe list`: its name, what it is in a line, where it is defined, its paper's arXiv number.
+    """One line of `himoe list`: its name, what it is, where it is defined, its paper's arXiv number or another source.
 
     A recipe has the one that it lies over instead of a paper.
     """

@@ -34,10 +34,19 @@ def read_unimported(where: str) -> tuple[str, str]:
 def papers(doc: str, opening: str) -> list[str]:
     """Return the arXiv numbers that an entry names, those of its own docstring before those of its file's.
 
+    Where there is none, what stands in brackets in the first line of the file, if it names a year or a web address.
+
     >>> papers("As in (2412.19437).", "Of DeepSeek (arXiv 2401.06066), version 2.5")
     ['2412.19437', '2401.06066']
+    >>> papers("A bias.", "Some Balancing (Sun et al. 2026; and others): a bias (of ours).")
+    ['Sun et al. 2026']
     """
-    return list(dict.fromkeys(ARXIV.findall(f"{doc}\n{opening}")))
+    if numbers := ARXIV.findall(f"{doc}\n{opening}"):
+        return list(dict.fromkeys(numbers))
+    brackets = re.findall(r"\(([^()]*)\)", opening.partition("\n")[0])
+    return [source.partition(";")[0] for source in brackets if re.search(r"\b(19|20)\d\d\b|\w\.[a-z]{2,3}\b", source)][
+        :1
+    ]
 
 
 def first_line(doc: str) -> str:

@@ -21,7 +21,7 @@ class List(Verb):
 
     Examples:
       himoe list
-          all tables: name, what it is, arXiv number of its paper
+          all tables: name, what it is, its paper
       himoe list presets
           one of them
       himoe list hi_moe

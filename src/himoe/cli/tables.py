@@ -175,7 +175,8 @@ def print_entries(console: Console, tables: Mapping[str, Sequence[Entry]]) -> No
         lines.width = min(console.width, 120)
         lines.add_column()
         lines.add_column(ratio=1)
-        papers = any(entry.paper for entry in table)
+        if papers := any(entry.paper for entry in table):
+            lines.add_column(max_width=16)
         indents: dict[str, str] = {}
         for entry in table:
             indents[entry.name] = "  " + indents.get(entry.base or "", "")
@@ -183,8 +184,10 @@ def print_entries(console: Console, tables: Mapping[str, Sequence[Entry]]) -> No
             lines.add_row(*row, *[entry.paper or ""] * papers)
         console.print(lines, highlight=False)
         console.print()
-    for line in ("On the right: the paper, https://arxiv.org/abs/NUMBER.", "himoe list NAME shows an entry in full."):
-        console.print(line, style="dim", highlight=False)
+    if any(entry.paper for table in tables.values() for entry in table):
+        text = "On the right: the paper, a number at https://arxiv.org/abs/NUMBER."
+        console.print(text, style="dim", highlight=False)
+    console.print("himoe list NAME shows an entry in full.", style="dim", highlight=False)
     if "recipes" in tables:
         console.print("himoe train RECIPE --dry-run shows a recipe with every key.", style="dim", highlight=False)
 
