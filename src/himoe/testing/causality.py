@@ -7,7 +7,7 @@ its loss is too good. `suffix_test` measures, `check_causality` raises.
 For several cuts c and rows r, the tokens of row r from place c on are exchanged, all others stay, and the logits of row
 r before c are compared. That row alone: what other texts of a batch do to it, as under a capacity limit, is another
 question. Both forward passes draw the same random numbers, so noise stays. The model is compared in fp64 (a copy, the
-model itself is not touched), where a sum in another order differs by 1e-15 of its size, and any leak by far more.
+model itself is not touched), where sums in another order differ by some 1e-15 of their size, and leaks by far more.
 """
 
 import copy
@@ -24,7 +24,7 @@ from himoe.errors import ConfigError
 from himoe.nn import MoE, non_causal_parts
 from himoe.types import Routing
 
-TOLERANCE = 1e-9
+TOLERANCE = 1e-11
 """Largest change of an earlier logit that counts as rounding, as a share of the largest logit, in fp64."""
 
 MODES = ("training", "eval")
