@@ -101,4 +101,5 @@ def load(table: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError, TypeError) as error:  # the last two: a name such as ":x"
-        raise ConfigError(f"cannot load {name!r} for {table}: {error}") from error
+        found = "" if not isinstance(error, ModuleNotFoundError) else "; install it, or put its folder on PYTHONPATH"
+        raise ConfigError(f"cannot load {name!r} for {table}: {error}{found}") from error

@@ -22,7 +22,7 @@ from himoe.nn import (
     ReLU2MLP,
     ReLUMLP,
     SwiGLU,
-    moe_layers,
+    non_causal_parts,
 )
 
 DENSE = {"swiglu": SwiGLU, "gelu": GELUMLP, "relu": ReLUMLP, "relu2": ReLU2MLP}
@@ -101,18 +101,18 @@ def _build_experts(moe: MoEConfig, dim: int) -> nn.Module:
 
 
 def _refuse_if_not_causal(model: nn.Module, *, allowed: bool) -> None:
-    """Raise or warn where a later token can change an earlier one's experts."""
-    parts = {type(m).__name__ for m in model.modules() if getattr(m, "causal", True) is False}
-    parts |= {layer.router.selector_name for layer in moe_layers(model) if not layer.router.causal}
-    parts -= {"Router"}
+    """Raise or warn where a later token can change an earlier one's routing."""
+    parts = non_causal_parts(model)
     if not parts:
         return
-    reason = (
-        f"{', '.join(sorted(parts))}: not causal as configured, later tokens can change the experts of earlier ones, "
-        "so that a language model sees its future in training"
+    named = ", ".join(f"{name} ({reason})" if reason else name for name, reason in sorted(parts.items()))
+    told = (
+        f"{named}: not causal as configured, later tokens can change the routing of earlier ones, so that a language "
+        "model sees its future in training"
     )
     if not allowed:
         raise ConfigError(
-            f"{reason}; choose another, or set moe.allow_non_causal = true (--allow-non-causal) to train all the same"
+            f"{told}; choose another, or train it all the same with --allow-non-causal (in a configuration "
+            "moe.allow_non_causal = true)"
         )
-    warnings.warn(f"{reason}, and its loss is too good", HimoeWarning, stacklevel=3)
+    warnings.warn(f"{told} and its loss is too good", HimoeWarning, stacklevel=3)

@@ -62,6 +62,8 @@ class Train(Verb):
     """Go on from the last checkpoint of the run at --out, or else of the newest unfinished run."""
     force: Annotated[bool, option()] = False
     """Overwrite the run folder if it exists."""
+    allow_non_causal: Annotated[bool, option()] = False
+    """Train although later tokens can change the routing of earlier ones, so that the loss is too good."""
     profile: Annotated[bool, option()] = False
     """Record a few steps in profile/ of the run folder: a trace, and the operations that take the time."""
     find_learning_rate: Annotated[bool, option()] = False
@@ -104,6 +106,8 @@ class Train(Verb):
         overrides: dict[str, Any] = {} if self.seed is None else {"seed": self.seed}
         if self.data:
             overrides["data"] = {"path": str(self.data), "sources": None}
+        if self.allow_non_causal:
+            overrides["moe"] = {"allow_non_causal": True}
         if self.init_from:
             overrides["train"] = {"init_from": str(self.init_from)}
         source = self.recipe
@@ -128,7 +132,10 @@ class Train(Verb):
             )
         run = existing_run(self.out) if self.out else newest_unfinished()
         stored = run / "config.json"
-        return load_config(stored, sets=self.changes, overrides=_kept_weights(stored, self.changes)), run
+        overrides = _kept_weights(stored, self.changes)
+        if self.allow_non_causal:
+            overrides["moe"] = {"allow_non_causal": True}
+        return load_config(stored, sets=self.changes, overrides=overrides), run
 
     def _refuse_what_a_search_ignores(self) -> None:
         given = {"--out": self.out, "--force": self.force, "--profile": self.profile}

@@ -1,6 +1,7 @@
 """The modules of one MoE layer, parameters and wiring only, and the three calls of a training loop."""
 
 from himoe.nn.adapter import MoEAdapter, collect_routings
+from himoe.nn.causality import non_causal_parts
 from himoe.nn.cosine_gate import CosineGate
 from himoe.nn.dense import GELUMLP, GatedNetwork, ReLU2MLP, ReLUMLP, SwiGLU
 from himoe.nn.dispatch import Capacity, Dropless
@@ -38,6 +39,7 @@ __all__ = [
     "aux_losses",
     "collect_routings",
     "moe_layers",
+    "non_causal_parts",
     "observe",
     "step",
 ]

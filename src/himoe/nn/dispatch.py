@@ -48,6 +48,8 @@ class Capacity(nn.Module):
         drop_in_eval: drop in eval mode too, as the Hi-MoE authors do.
     """
 
+    causal_reason = "later tokens can take the places of earlier ones; order = token_major is causal"
+
     def __init__(
         self, factor: float, *, order: str = "token_major", multiple: int = 1, drop_in_eval: bool = False
     ) -> None:
