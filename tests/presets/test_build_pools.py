@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_recipe import DIM, config
 
-from himoe import Capacity, GELUExperts, PooledExperts, SwiGLUExperts, moe_layers, parameter_counts
+from himoe import Capacity, GELUExperts, MoE, PooledExperts, SwiGLUExperts, moe_layers, parameter_counts, presets
 from himoe.build import build_model, build_moe
 from himoe.build.model import DENSE
 from himoe.config import load_config
@@ -72,6 +72,29 @@ def test_pools_as_a_file_has_them(tmp_path):
         counts = parameter_counts(build_model(loaded, 300))
     one, half = 3 * 32 * 32, 3 * 32 * 16  # lm_tiny has width 32 and experts of 32, in both layers
     assert counts.total - counts.active == 2 * (3 * one + 6 * half)
+
+
+def test_a_router_per_pool_is_two_layers_combined():
+    groups, each = [[0, 1, 2, 3], [4, 5, 6, 7, 8, 9]], [1, 2]
+    built = build_moe(
+        config(
+            pools=[{"num_experts": 4}, {"num_experts": 6, "expert_dim": 12}],
+            groups=groups,
+            top_k_per_group=each,
+            selector="top_k_per_group",
+            score="softmax_per_group",
+            renormalize=False,
+            balancers=[{"name": "switch", "per_group": True}],
+        ).moe,
+        DIM,
+    ).double()
+    x, expected = torch.randn(11, DIM, dtype=torch.float64), 0
+    gates = built.router.gate.weight.split([4, 6])
+    for pool, gate, k in zip(built.experts.pools, gates, each, strict=True):
+        router = presets.switch(DIM, pool.num_experts, k, renormalize=False).double()
+        router.gate.weight.data.copy_(gate)
+        expected = expected + k * MoE(router, pool)(x)[0] / sum(each)
+    torch.testing.assert_close(built(x)[0], expected)
 
 
 def test_experts_without_hidden_layer_beside_ordinary_ones():
