@@ -8,7 +8,7 @@ it.
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from types import NoneType
@@ -172,14 +172,23 @@ def _read(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _nulls(tree: dict[str, Any]) -> dict[str, Any]:
+def _nulls(table: Mapping[str, Any], model: type[BaseModel] = Config) -> dict[str, Any]:
     """Read `"none"` as null wherever a key may be null, since TOML has no word for it."""
-    clean = dict(tree)
-    for section, field in Config.model_fields.items():
-        table = clean.get(section)
-        if isinstance(table, dict) and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            optional = {k for k, leaf in field.annotation.model_fields.items() if NoneType in get_args(leaf.annotation)}
-            clean[section] = {
-                key: None if key in optional and value == "none" else value for key, value in table.items()
-            }
+    clean = dict(table)
+    for key, field in model.model_fields.items():
+        value, kinds = clean.get(key), _kinds_of(field.annotation)
+        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if value == "none" and NoneType in get_args(field.annotation):
+            clean[key] = None
+        elif inner and isinstance(value, Mapping):
+            clean[key] = _nulls(value, inner)
+        elif inner and isinstance(value, list):
+            clean[key] = [_nulls(item, inner) if isinstance(item, Mapping) else item for item in value]
     return clean
+
+
+def _kinds_of(annotation: Any) -> Iterator[Any]:
+    """Yield an annotation and what stands inside it: `list[A] | None` holds `A`."""
+    yield annotation
+    for inner in get_args(annotation):
+        yield from _kinds_of(inner)
