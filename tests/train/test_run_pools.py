@@ -22,7 +22,7 @@ SETS = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:Capacity. not causal:himoe.errors.HimoeWarning")
+@pytest.mark.filterwarnings("ignore:Capacity:himoe.errors.HimoeWarning")
 def test_a_recipe_with_pools_trains(text, tmp_path):
     made = config(text, *SETS)
     assert made.moe.num_experts == 16
