@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from himoe.functional import histogram as module
-from himoe.functional.histogram import BINS, LIMIT, edges, histogram, quantile
+from himoe.functional.histogram import BINS, edges, histogram, quantile
 
 EDGES = edges(torch.device("cpu"))
 
 
 def bin_of(value: float) -> int:
-    """The bin of a value by a plain search: edge_i < value ≤ edge_{i+1}, the outermost ones open."""
+    """The bin of a value by a plain search: its edge nearer to 0 belongs to it, and the outermost ones are open."""
     inner = EDGES[1:-1].tolist()
-    return sum(edge < value for edge in inner)
+    return sum(edge < value or (edge == value and value >= 0) for edge in inner)
 
 
 def normal(tokens: int, num_experts: int, seed: int = 0, dtype=torch.float64):
@@ -24,21 +24,23 @@ def normal(tokens: int, num_experts: int, seed: int = 0, dtype=torch.float64):
 
 def test_the_edges_rise_are_symmetric_and_finest_at_0():
     assert EDGES.shape == (BINS + 1,) and (EDGES.diff() > 0).all()
-    torch.testing.assert_close(EDGES, -EDGES.flip(0))
-    assert EDGES[-1].item() == pytest.approx(LIMIT) and EDGES[BINS // 2].item() == 0
+    assert torch.equal(EDGES, -EDGES.flip(0))
+    assert EDGES[BINS // 2] == 0 and EDGES[-1] == 256
+    nearer = EDGES[:-1].abs().minimum(EDGES[1:].abs())
     widths = EDGES.diff()
-    assert widths.min() < 1e-6
-    far = EDGES[1:-1].abs() > 1e-3
-    assert (widths[1:][far] < 0.07 * EDGES[2:].abs().maximum(EDGES[1:-1].abs())[far]).all()
+    assert widths.min() < 1e-8 and widths[nearer == 0].max() < 7e-8
+    assert (widths[nearer > 0] <= nearer[nearer > 0] / 8).all()
+    assert EDGES[(EDGES >= 1) & (EDGES <= 2)].tolist() == [1 + i / 8 for i in range(9)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("tokens", "num_experts"), [(1, 1), (7, 3), (50, 5)])
 def test_counts_against_a_plain_search(tokens, num_experts, dtype):
-    values = normal(tokens, num_experts, dtype=dtype) * torch.logspace(-6, 3, num_experts, dtype=dtype)
+    values = normal(tokens, num_experts, dtype=dtype) * torch.logspace(-8, 3, num_experts, dtype=dtype)
+    values[: tokens // 2] = values[: tokens // 2].sign() * EDGES[256 + torch.arange(tokens // 2) * 7, None].to(dtype)
     mask = torch.arange(tokens) % 3 != 1
     expected = torch.zeros(num_experts, BINS, dtype=torch.int64)
-    for row, real in zip(values.double().tolist(), mask.tolist(), strict=True):
+    for row, real in zip(values.float().tolist(), mask.tolist(), strict=True):
         for expert, value in enumerate(row):
             expected[expert, bin_of(value)] += real
     found = histogram(values, mask)
@@ -47,8 +49,9 @@ def test_counts_against_a_plain_search(tokens, num_experts, dtype):
 
 
 def test_values_beyond_the_limits_count_in_the_outermost_bins():
-    counts = histogram(torch.tensor([[-1e30], [-81.0], [1e30], [math.inf]]))
+    counts = histogram(torch.tensor([[-1e30], [-256.0], [1e30], [math.inf]]))
     assert counts[0, 0] == 2 and counts[0, -1] == 2
+    assert histogram(torch.tensor([[0.0], [-0.0], [1e-40], [5e-8]]))[0, BINS // 2] == 4
 
 
 @pytest.mark.parametrize(("numerator", "denominator"), [(1, 8), (2, 16), (3, 7), (8, 256), (1, 2), (7, 8), (1, 1)])
@@ -72,11 +75,10 @@ def test_the_quantile_of_many_values_is_torchs_within_a_bin():
 
 
 def test_a_quantile_worked_by_hand():
-    # Three of four values are ≤ 3; the wanted mass, 3.2 of 4, lies 0.2 of the way into the bin that holds 4.
-    values = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
-    index = bin_of(4.0)
-    lower, upper = EDGES[index].item(), EDGES[index + 1].item()
-    assert quantile(histogram(values), 4, 5).item() == pytest.approx(lower + 0.2 * (upper - lower))
+    # Three of four values are below 4; the wanted mass, 3.2 of 4, lies 0.2 of the way into 4's bin, from 4 to 4.5.
+    assert quantile(histogram(torch.tensor([[1.0], [2.0], [3.0], [4.0]])), 4, 5).item() == pytest.approx(4.1)
+    # Three of four are at most −2; 2.5 of 4 lies half way into the bin of −2, from −2.25.
+    assert quantile(histogram(torch.tensor([[-4.0], [-3.0], [-2.0], [4.0]])), 5, 8).item() == pytest.approx(-2.125)
 
 
 def test_nothing_counted_is_0_and_so_is_a_batch_of_padding():

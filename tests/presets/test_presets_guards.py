@@ -5,6 +5,7 @@ import warnings
 from functools import partial
 
 import pytest
+import torch
 
 from himoe import presets
 from himoe.balance import (
@@ -190,6 +191,13 @@ def test_other_scores_are_judged_by_their_own_spread_also_through_partial():
     with pytest.warns(HimoeWarning, match="of narrow scores over 16 experts"):
         step(LossFree(16), partial(narrow, width=1e-3), 16)
     silent(lambda: step(LossFree(16), partial(narrow, width=1e-2), 16))
+
+
+def test_random_scores_are_judged_alike_every_time_and_leave_random_numbers_alone():
+    before = torch.get_rng_state()
+    spreads = [score_spread(lambda logits: logits.sigmoid() + torch.rand_like(logits), 16) for _ in range(2)]
+    assert spreads[0] == spreads[1] and spreads[0][1] > 0.3
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_one_expert_leaves_nothing_to_decide_and_equal_scores_everything():

@@ -108,7 +108,8 @@ def test_compositions_conform(make):
 
 
 def test_more_experts_per_token_conform():
-    check_balancer(lambda: LossFree(E), top_k=E)
+    for make in (lambda: LossFree(E), lambda: Momentum(E), lambda: Quantile(E, E), lambda: ExpertThreshold(E, E)):
+        check_balancer(make, top_k=E)
     check_balancer(lambda: Chain(LogitCorrection(16), LossFree(16)), num_experts=16, top_k=1)
 
 

@@ -126,10 +126,12 @@ def _warn_of_step(part: Balancer, step: float, score: ScoreFunction, num_experts
 def score_spread(score: ScoreFunction, num_experts: int) -> tuple[float, float]:
     """Return mean and standard deviation over experts of the scores of unit-normal logits, which a fresh gate gives.
 
-    Always the same numbers: the logits come from a generator of their own.
+    Always the same numbers, also of scores that are random, and random numbers elsewhere stay as they are.
     """
     rows = -(-SPREAD_LOGITS // num_experts)
     generator = torch.Generator("cpu").manual_seed(0)
-    scores = score(torch.randn(rows, num_experts, generator=generator, device="cpu", dtype=torch.float32))
-    scores = scores.to(torch.float64)
+    logits = torch.randn(rows, num_experts, generator=generator, device="cpu", dtype=torch.float32)
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(generator.get_state())  # of the CPU alone; manual_seed would set every device's
+        scores = score(logits).to(torch.float64)
     return scores.mean().item(), scores.std(-1, correction=0).mean().item()
