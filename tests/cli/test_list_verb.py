@@ -81,10 +81,12 @@ def test_the_card_of_a_balancer(capsys):
     assert list(options)[:3] == ["rate", "update", "centred"]
     assert options["rate"]["kind"] == "number" and options["rate"]["default"] == "0.001"
     assert options["rate"]["meaning"].startswith("u per optimizer step.")
-    assert options["update"]["default"] == '"sign"' and options["freeze_after"]["kind"] == "whole number or none"
+    assert options["update"]["default"] == '"sign"' and options["centred"]["kind"] == "true or false"
     text = printed(capsys, "balancers", "loss_free").out
     assert "https://arxiv.org/abs/2408.15664" in text and "u·sign(mean(c) − c)" in text
-    assert "update" in text and "whole number or none: optimizer steps after which" in text
+    assert "update" in text and "true or false: keep the sum of the biases" in text
+    frozen = next(o for o in as_json(capsys, "presets", "deepseek_v3")["options"] if o["name"] == "freeze_after")
+    assert frozen["kind"] == "whole number or none"
     assert '[[moe.balancers]]\n  name = "loss_free"\n  rate = 0.001' in text
 
 
