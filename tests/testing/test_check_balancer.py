@@ -3,9 +3,12 @@
 import inspect
 
 import pytest
+import torch
 from broken_balancers import BROKEN, Bias
+from torch import nn
+from torch.nn import functional as F
 
-from himoe import registry
+from himoe import Gate, registry
 from himoe.balance import (
     Balancer,
     Chain,
@@ -17,7 +20,12 @@ from himoe.balance import (
     PerGroup,
     Quantile,
     ReluSparsity,
+    GlobalBatch,
+    Importance,
+    Load,
+    Phi,
     Schedule,
+    Similarity,
     Switch,
     TwoLevelTerms,
     ZLoss,
@@ -30,13 +38,25 @@ E, G = 8, 4
 UNEQUAL = Groups(((0, 3, 5), (1,), (2, 4, 6, 7)))
 
 
+class NoisyGate(Gate):
+    """Noise whose size follows the token."""
+
+    def __init__(self, dim: int, num_experts: int) -> None:
+        super().__init__(dim, num_experts)
+        self.noise = nn.Parameter(torch.randn(num_experts, dim))
+
+    def noise_std(self, x):
+        return F.softplus(F.linear(x, self.noise)) + 0.01
+
+
 @pytest.mark.parametrize("name", registry.BALANCERS)
 def test_every_entry_of_the_table_conforms_with_its_defaults(name):
     constructor = registry.load("balancers", name)
     layer = {"num_experts": E, "groups": G, "top_k": 2}
     needed = {key: value for key, value in layer.items() if key in inspect.signature(constructor).parameters}
-    check_balancer(lambda: constructor(**needed), num_experts=E)
-    check_balancer(lambda: constructor(**needed), num_experts=E, num_groups=G, top_k=G, score="sigmoid")
+    for gate in (NoisyGate,) if constructor.needs_noise else (Gate, NoisyGate):
+        check_balancer(lambda: constructor(**needed), num_experts=E, gate=gate)
+        check_balancer(lambda: constructor(**needed), num_experts=E, num_groups=G, top_k=G, score="sigmoid", gate=gate)
 
 
 @pytest.mark.parametrize("inter", losses.INTER)
@@ -77,6 +97,7 @@ def dual() -> DualAscent:
         lambda: LogitCorrection(E, tau=0.5, temperature=0.7),
         lambda: LogitCorrection(E, tau=0.5, temperature=0.7, mean_from="same_batch"),
         lambda: Switch(weight=0.0),
+        lambda: Chain(Phi(E, rate=0.5, source="raw"), GlobalBatch(source="raw"), Similarity(norm="l1")),
         lambda: Switch(source="raw"),
         dual,
         lambda: Schedule(terms(), "warmup", steps=3, only=("intra",)),
@@ -105,6 +126,30 @@ def dual() -> DualAscent:
 )
 def test_compositions_conform(make):
     check_balancer(make, num_groups=G, top_k=G)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda size: Switch(),
+        lambda size: LossFree(size, rate=0.03),
+        lambda size: LossFree(size, rate=0.03, multiplicative=True),
+        lambda size: LogitCorrection(size, tau=0.5),
+        lambda size: Schedule(GlobalBatch(), "warmup", steps=2),
+        lambda size: Chain(Phi(size), Importance(), Load(), Similarity(norm="l1"), ZLoss()),
+    ],
+    ids=["switch", "loss_free", "multiplicative", "correction", "global_batch", "chain"],
+)
+@pytest.mark.parametrize("groups", [Groups.equal(E, G), UNEQUAL], ids=["equal", "unequal"])
+def test_balancers_per_group_conform(groups, make):
+    for score in ("softmax", "sigmoid"):
+        check_balancer(lambda: PerGroup(groups, [make(size) for size in groups.sizes]), score=score, gate=NoisyGate)
+
+
+def test_another_gate_can_be_checked_with():
+    check_balancer(
+        lambda: Chain(LossFree(E), Switch()), gate=lambda dim, num_experts: nn.Sequential(nn.Linear(dim, num_experts))
+    )
 
 
 def test_more_experts_per_token_conform():
