@@ -27,8 +27,8 @@ class PerGroup(Balancer):
         balancers: one per group, for as many experts as the group has.
 
     The losses of a group are those of a layer with the group's experts alone: its columns of logits, scores, noise and
-    of the gate's matrix, its experts counted from 0 in the order in which the group lists them. The combine weights
-    stay as the layer made them.
+    of the gate's matrix, its experts counted from 0 in the order in which the group lists them. Combine weights, and
+    the scores that `adjust_choice` moves, stay as the layer made them: softmax scores are shares of the whole layer.
     """
 
     parts: Sequence[Balancer]

@@ -64,7 +64,8 @@ def _with_step_counts(pairs: list[tuple[MoE, Routing | None]]) -> list[tuple[MoE
 def _counted(layer: MoE, routing: Routing | None) -> Tensor:
     if routing is not None:
         return selected_load(routing)
-    return torch.zeros(layer.router.num_experts, dtype=torch.int64, device=next(layer.parameters()).device)
+    device = next(layer.parameters(), torch.empty(0)).device
+    return torch.zeros(layer.router.num_experts, dtype=torch.int64, device=device)
 
 
 def aux_losses(model: nn.Module, routings: Routings) -> dict[str, Float[Tensor, ""]]:
