@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from free_router import choices, one_step, random_logits, route
-from strategies import E, build, look, random_look
+from strategies import WITH_LOSSES, E, T, build, look, random_look
 
 from himoe import GlobalBatch, Importance, Load, Phi, Similarity
 from himoe.errors import ConfigError
@@ -262,6 +262,35 @@ def test_similarity_refuses_a_gate_without_a_matrix():
 
 
 # All
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("name", WITH_LOSSES)
+def test_renaming_the_experts_changes_no_loss(name, score):
+    """Over the whole table, after a step; all experts in one group."""
+    order = torch.randperm(E, generator=torch.Generator().manual_seed(1))
+    weight, x, noise, std = (
+        random_logits(0, E, 4),
+        random_logits(1, T, 4),
+        random_logits(2, T, E),
+        torch.rand(T, E) + 0.1,
+    )
+    found = []
+    for names in (torch.arange(E), order):
+        balancer = build(name, groups=1, rate=0.5)
+        routing = look(weight[names], x, noise=noise[:, names], std=std[:, names].double(), score=score)
+        one_step(balancer, routing)
+        found.append({key: value.item() for key, value in balancer.losses(routing).items()})
+    assert found[0] == pytest.approx(found[1], rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", WITH_LOSSES)
+def test_a_batch_without_a_token_is_finite(name):
+    weight = random_logits(0, E, 4).requires_grad_()
+    routing = look(weight, random_logits(1, 0, 4))
+    value = sum(build(name).losses(routing).values())
+    (grad,) = torch.autograd.grad(value, weight)
+    assert value.isfinite() and grad.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["importance", "load", "phi", "global_batch"])
