@@ -23,7 +23,7 @@ from himoe.types import Routing
 
 
 class GlobalBatch(Balancer):
-    """Add `global_balance` = weight·E·Σ_i f_i P_i, f over all ranks and the step so far.
+    """Add `global_balance`, `switch` over ranks and micro-batches.
 
     Args:
         weight: α, in the convention of `switch`.

@@ -20,7 +20,7 @@ from himoe.types import Routing
 
 
 class Importance(Balancer):
-    """Add `importance`, weight times CV² of the summed combine weights of every expert.
+    """Add `importance` = weight·CV² of summed combine weights.
 
     Args:
         weight: 0.1 in the paper.

@@ -21,7 +21,7 @@ from himoe.types import Routing
 
 
 class Load(Balancer):
-    """Add `smooth_load`, weight times CV² of the expected load under a noisy gate.
+    """Add `smooth_load` = weight·CV² of a noisy gate's load.
 
     Args:
         weight: 0.1 in the paper.

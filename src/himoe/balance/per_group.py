@@ -77,10 +77,9 @@ class PerGroup(Balancer):
         """Return the routing of one group: its columns, its experts counted from 0, the other pairs not selected."""
         logits, context = self._given(routing.logits, routing.context, group)
         columns, members = self._columns[group], self.groups.members[group]
-        if isinstance(columns, slice):
-            local = routing.expert_ids - members[0]
-        else:
-            place = dict(zip(members, range(len(members)), strict=True))
+        local = routing.expert_ids - members[0]
+        if not isinstance(columns, slice):
+            place = {e: i for i, e in enumerate(members)}
             table = torch.tensor([place.get(e, -1) for e in range(self.groups.num_experts)], device=logits.device)
             local = table[routing.expert_ids]
         inside = (local >= 0) & (local < len(members))
@@ -111,13 +110,10 @@ class PerGroup(Balancer):
     def _join(self, parts: list[Tensor]) -> Tensor:
         """Put the groups' columns back to their places."""
         joined, order = torch.cat(parts, dim=-1), [expert for group in self.groups.members for expert in group]
-        if order == sorted(order):
-            return joined
-        return joined[:, sorted(range(len(order)), key=order.__getitem__)]
+        return joined if order == sorted(order) else joined[:, sorted(range(len(order)), key=order.__getitem__)]
 
 
 def _slice_if_contiguous(members: tuple[int, ...]) -> slice | list[int]:
     """Return a slice, which copies nothing, where the members are neighbours in order."""
-    first = members[0]
-    neighbours = members == tuple(range(first, first + len(members)))
-    return slice(first, first + len(members)) if neighbours else list(members)
+    first, end = members[0], members[0] + len(members)
+    return slice(first, end) if members == tuple(range(first, end)) else list(members)

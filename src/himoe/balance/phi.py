@@ -23,7 +23,7 @@ from himoe.types import Routing
 
 
 class Phi(Balancer):
-    """Add `phi`, weight times the mean probabilities along the slope of an entropy at their running mean.
+    """Add `phi`, which evens out the expected probabilities.
 
     Args:
         num_experts: E.

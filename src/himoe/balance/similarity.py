@@ -18,7 +18,9 @@ from himoe.types import Routing
 
 
 class Similarity(Balancer):
-    """Add `router_similarity`, weight times how far the gate's rows are from orthogonal; by itself it does not balance.
+    """Add `router_similarity`, which keeps the gate's rows apart.
+
+    By itself it does not balance.
 
     Args:
         weight: the default is ours.
