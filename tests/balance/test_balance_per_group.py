@@ -68,10 +68,10 @@ def test_the_routing_within_a_group_is_that_of_its_experts_alone(groups, k):
             assert chosen == {int(e) for e, s in zip(expected.expert_ids[t], expected.selected[t], strict=True) if s}
 
 
-# Without importance, whose weights are divided over the whole layer, and without a bias on softmax scores, which weighs
-# more on a share of the layer than on one of the group.
+# Scores and weights are as the layer made them. So these are without importance, whose weights are divided over the
+# layer, and without what takes softmax scores as they are: those of a group do not sum to 1.
 BIASING = [name for name in registry.BALANCERS if type(build(name)).adjust_choice is not Balancer.adjust_choice]
-EACH = [(name, "softmax") for name in registry.BALANCERS if name not in ("importance", *BIASING)]
+EACH = [(name, "softmax") for name in registry.BALANCERS if name not in ("importance", "relu_sparsity", *BIASING)]
 EACH += [(name, "sigmoid") for name in registry.BALANCERS if name != "importance"]
 
 
