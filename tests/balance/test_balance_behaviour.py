@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from himoe import Balancer, Gate, Router, presets, registry
-from himoe.balance import LogitCorrection, LossFree, Similarity, TwoLevelTerms, step_balancers
+from himoe.balance import Load, LogitCorrection, LossFree, Similarity, TwoLevelTerms, step_balancers
 from himoe.functional import losses, stats
 from himoe.functional.groups import Groups
 from himoe.functional.scores import sigmoid, softmax
 from himoe.functional.selection import top_k
+from himoe.nn import NoisyGate
 
 E, K, D = 8, 2, 6
 
@@ -20,13 +21,6 @@ E, K, D = 8, 2, 6
 def above_zero(scores, context):
     """Every expert of positive score."""
     return torch.arange(scores.shape[1]).expand_as(scores), scores > 0
-
-
-class NoisyGate(Gate):
-    """A gate whose choices are noisy in training, equally for every token."""
-
-    def noise_std(self, x):
-        return x.new_full((x.shape[0], E), 0.3)
 
 
 class NeedsNoise(Balancer):
@@ -55,9 +49,8 @@ def batch(seed: int, count: int = 128):
 
 @torch.no_grad()
 def max_vio(router: Router) -> float:
-    routing = router.eval()(batch(999, 2048))
-    router.train()
-    return stats.max_vio(stats.load(routing)).item()
+    """Of the router in its mode: a noisy gate chooses otherwise in eval."""
+    return stats.max_vio(stats.load(router(batch(999, 2048)))).item()
 
 
 def train(router: Router, steps: int = 200) -> float:
@@ -131,6 +124,13 @@ def test_every_strategy_that_claims_to_balance_halves_max_vio(name, score):
 )
 def test_every_variant_of_loss_free_halves_max_vio(options):
     assert train(skewed_router(LossFree(E, **options), sigmoid)) < 0.5
+
+
+def test_load_evens_the_noisy_choice_of_training_and_less_so_the_choice_without_noise():
+    router = skewed_router(Load(weight=0.3))
+    before = max_vio(router.eval())
+    assert train(router.train()) < 0.1
+    assert max_vio(router.eval()) > 0.5 * before
 
 
 def test_rows_of_the_gate_that_are_kept_apart_do_not_balance_by_themselves():

@@ -3,10 +3,8 @@
 import inspect
 
 import pytest
-import torch
 from broken_balancers import BROKEN, Bias
 from torch import nn
-from torch.nn import functional as F
 
 from himoe import Gate, registry
 from himoe.balance import (
@@ -14,16 +12,16 @@ from himoe.balance import (
     Chain,
     DualAscent,
     ExpertThreshold,
+    GlobalBatch,
+    Importance,
+    Load,
     LogitCorrection,
     LossFree,
     Momentum,
     PerGroup,
+    Phi,
     Quantile,
     ReluSparsity,
-    GlobalBatch,
-    Importance,
-    Load,
-    Phi,
     Schedule,
     Similarity,
     Switch,
@@ -32,21 +30,11 @@ from himoe.balance import (
 )
 from himoe.functional import losses
 from himoe.functional.groups import Groups
+from himoe.nn import NoisyGate
 from himoe.testing import check_balancer
 
 E, G = 8, 4
 UNEQUAL = Groups(((0, 3, 5), (1,), (2, 4, 6, 7)))
-
-
-class NoisyGate(Gate):
-    """Noise whose size follows the token."""
-
-    def __init__(self, dim: int, num_experts: int) -> None:
-        super().__init__(dim, num_experts)
-        self.noise = nn.Parameter(torch.randn(num_experts, dim))
-
-    def noise_std(self, x):
-        return F.softplus(F.linear(x, self.noise)) + 0.01
 
 
 @pytest.mark.parametrize("name", registry.BALANCERS)

@@ -6,7 +6,10 @@ The threshold is the K-th largest noisy logit among the other experts, so Φ is 
 its own noise is drawn anew: a load that the gate and its noise can be trained on, where counts have no gradient. 0 at
 perfect balance, for every K and score function. Exact for a selector that takes the top K of the noisy logits; where a
 balancer moves the choice, or groups limit it, the formula still looks at the noisy logits alone. K is each token's own
-number of experts. There is no noise in eval mode, hence no loss.
+number of experts.
+
+There is no noise in eval mode, hence no loss, and the choice is less even there than in training: the loss falls when
+the noise grows as it does when the logits draw near one another.
 """
 
 from typing import ClassVar
