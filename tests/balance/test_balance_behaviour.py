@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from himoe import Balancer, Gate, Router, presets, registry
-from himoe.balance import LogitCorrection, LossFree, TwoLevelTerms, step_balancers
+from himoe.balance import Load, LogitCorrection, LossFree, Similarity, TwoLevelTerms, step_balancers
 from himoe.functional import losses, stats
 from himoe.functional.groups import Groups
 from himoe.functional.scores import sigmoid, softmax
 from himoe.functional.selection import top_k
+from himoe.nn import NoisyGate
 
 E, K, D = 8, 2, 6
 
@@ -22,11 +23,18 @@ def above_zero(scores, context):
     return torch.arange(scores.shape[1]).expand_as(scores), scores > 0
 
 
+class NeedsNoise(Balancer):
+    """Does nothing, on a noisy gate."""
+
+    needs_noise = True
+
+
 def skewed_router(balancer: Balancer, score=softmax, selector=None) -> Router:
-    """A gate that prefers the first experts for every token."""
+    """A gate that prefers the first experts for every token; noisy where the balancer needs it."""
     torch.manual_seed(0)
+    gate = NoisyGate if any(getattr(part, "needs_noise", False) for part in balancer.modules()) else Gate
     selector = selector or partial(top_k, k=K)
-    router = Router(Gate(D, E), selector, num_experts=E, score=score, balancer=balancer)
+    router = Router(gate(D, E), selector, num_experts=E, score=score, balancer=balancer)
     with torch.no_grad():
         router.gate.weight[:, 0] += torch.linspace(1.5, -1.5, E)
     return router
@@ -41,6 +49,7 @@ def batch(seed: int, count: int = 128):
 
 @torch.no_grad()
 def max_vio(router: Router) -> float:
+    """Of the router in its mode: a noisy gate chooses otherwise in eval."""
     return stats.max_vio(stats.load(router(batch(999, 2048)))).item()
 
 
@@ -67,6 +76,10 @@ def train(router: Router, steps: int = 200) -> float:
 OPTIONS = {
     "switch": {"weight": 0.3},
     "sequence": {"weight": 0.3},
+    "global_batch": {"weight": 0.3},
+    "importance": {"weight": 1.0},
+    "load": {"weight": 0.1},
+    "phi": {"weight": 1.0},
     "loss_free": {"rate": 0.01},
     "momentum": {"rate": 0.01},
 }
@@ -80,7 +93,7 @@ def make(name: str) -> Balancer:
         for key, value in {"num_experts": E, "groups": 4, "top_k": K}.items()
         if key in inspect.signature(constructor).parameters
     }
-    return constructor(**needed, **OPTIONS.get(name, {}))
+    return constructor(**needed | OPTIONS.get(name, {}))
 
 
 BALANCING = [name for name in registry.BALANCERS if registry.load("balancers", name).balances_load]
@@ -113,9 +126,22 @@ def test_every_variant_of_loss_free_halves_max_vio(options):
     assert train(skewed_router(LossFree(E, **options), sigmoid)) < 0.5
 
 
+def test_load_evens_the_noisy_choice_of_training_and_less_so_the_choice_without_noise():
+    router = skewed_router(Load(weight=0.3))
+    before = max_vio(router.eval())
+    assert train(router.train()) < 0.1
+    assert max_vio(router.eval()) > 0.5 * before
+
+
+def test_rows_of_the_gate_that_are_kept_apart_do_not_balance_by_themselves():
+    for score in (softmax, sigmoid):
+        assert train(skewed_router(Similarity(weight=1.0), score)) > 0.7
+
+
 def test_no_balancing_does_not():
     for score in (softmax, sigmoid):
         assert train(skewed_router(Balancer(), score)) > 0.7
+        assert train(skewed_router(NeedsNoise(), score)) > 0.7
 
 
 def test_the_inter_term_evens_the_group_masses_and_the_correction_evens_the_mean_logits():

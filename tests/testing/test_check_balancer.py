@@ -4,26 +4,33 @@ import inspect
 
 import pytest
 from broken_balancers import BROKEN, Bias
+from torch import nn
 
-from himoe import registry
+from himoe import Gate, registry
 from himoe.balance import (
     Balancer,
     Chain,
     DualAscent,
     ExpertThreshold,
+    GlobalBatch,
+    Importance,
+    Load,
     LogitCorrection,
     LossFree,
     Momentum,
     PerGroup,
+    Phi,
     Quantile,
     ReluSparsity,
     Schedule,
+    Similarity,
     Switch,
     TwoLevelTerms,
     ZLoss,
 )
 from himoe.functional import losses
 from himoe.functional.groups import Groups
+from himoe.nn import NoisyGate
 from himoe.testing import check_balancer
 
 E, G = 8, 4
@@ -35,8 +42,9 @@ def test_every_entry_of_the_table_conforms_with_its_defaults(name):
     constructor = registry.load("balancers", name)
     layer = {"num_experts": E, "groups": G, "top_k": 2}
     needed = {key: value for key, value in layer.items() if key in inspect.signature(constructor).parameters}
-    check_balancer(lambda: constructor(**needed), num_experts=E)
-    check_balancer(lambda: constructor(**needed), num_experts=E, num_groups=G, top_k=G, score="sigmoid")
+    for gate in (NoisyGate,) if constructor.needs_noise else (Gate, NoisyGate):
+        check_balancer(lambda: constructor(**needed), num_experts=E, gate=gate)
+        check_balancer(lambda: constructor(**needed), num_experts=E, num_groups=G, top_k=G, score="sigmoid", gate=gate)
 
 
 @pytest.mark.parametrize("inter", losses.INTER)
@@ -77,6 +85,7 @@ def dual() -> DualAscent:
         lambda: LogitCorrection(E, tau=0.5, temperature=0.7),
         lambda: LogitCorrection(E, tau=0.5, temperature=0.7, mean_from="same_batch"),
         lambda: Switch(weight=0.0),
+        lambda: Chain(Phi(E, rate=0.5, source="raw"), GlobalBatch(source="raw"), Similarity(norm="l1")),
         lambda: Switch(source="raw"),
         dual,
         lambda: Schedule(terms(), "warmup", steps=3, only=("intra",)),
@@ -105,6 +114,30 @@ def dual() -> DualAscent:
 )
 def test_compositions_conform(make):
     check_balancer(make, num_groups=G, top_k=G)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda size: Switch(),
+        lambda size: LossFree(size, rate=0.03),
+        lambda size: LossFree(size, rate=0.03, multiplicative=True),
+        lambda size: LogitCorrection(size, tau=0.5),
+        lambda size: Schedule(GlobalBatch(), "warmup", steps=2),
+        lambda size: Chain(Phi(size), Importance(), Load(), Similarity(norm="l1"), ZLoss()),
+    ],
+    ids=["switch", "loss_free", "multiplicative", "correction", "global_batch", "chain"],
+)
+@pytest.mark.parametrize("groups", [Groups.equal(E, G), UNEQUAL], ids=["equal", "unequal"])
+def test_balancers_per_group_conform(groups, make):
+    for score in ("softmax", "sigmoid"):
+        check_balancer(lambda: PerGroup(groups, [make(size) for size in groups.sizes]), score=score, gate=NoisyGate)
+
+
+def test_another_gate_can_be_checked_with():
+    check_balancer(
+        lambda: Chain(LossFree(E), Switch()), gate=lambda dim, num_experts: nn.Sequential(nn.Linear(dim, num_experts))
+    )
 
 
 def test_more_experts_per_token_conform():

@@ -13,6 +13,7 @@ from himoe.balance import (
     LogitCorrection,
     LossFree,
     Momentum,
+    Phi,
     Quantile,
     Schedule,
     Switch,
@@ -25,13 +26,14 @@ V, D, E, K, G = 17, 8, 8, 4, 4
 
 
 def everything(num_experts: int = E, groups: int = G) -> Balancer:
-    """Every balancer for softmax scores in one chain, with rates that show."""
+    """Every balancer with a state of its own, and some without, in one chain with rates that show."""
     terms = TwoLevelTerms(num_experts, groups, lambda_intra=0.01, lambda_inter=0.02)
     return Chain(
         LogitCorrection(num_experts, tau=0.5, beta=0.5),
         DualAscent(terms, epsilon_inter=0.3, epsilon_intra=0.4, rate=0.1),
         Schedule(TwoLevelTerms(num_experts, groups, intra="entropy", inter="sparse"), "warmup", steps=3),
         Switch(weight=0.05),
+        Phi(num_experts, weight=0.05, rate=0.3),
         ZLoss(weight=0.01),
         Quantile(num_experts, groups, selection_groups=groups),
         Schedule(Momentum(num_experts, rate=0.01), "off_after", steps=4, scales="moves"),

@@ -13,7 +13,7 @@ from himoe.functional import stats
 from himoe.train.optimizer import build_optimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::himoe.errors.HimoeWarning")
-STATE = {"mean_logits", "multipliers", "num_steps", "bias", "momentum", "cutoff"}
+STATE = {"mean_logits", "multipliers", "num_steps", "bias", "momentum", "cutoff", "mean_probabilities"}
 COUNTS = {"counts", "distances"}
 
 

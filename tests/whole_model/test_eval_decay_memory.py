@@ -114,7 +114,7 @@ def test_what_is_kept_between_micro_batches_is_of_size_e():
         router.balancer.observe(router(torch.randn(400, 8)))
     sums = [value for part in router.balancer.modules() for value in getattr(part, "sums", {}).values()]
     histograms = [value for value in sums if value.ndim == 2]
-    assert sum(value.numel() for value in sums if value.ndim < 2) <= 3 * num_experts + 8
+    assert sum(value.numel() for value in sums if value.ndim < 2) <= 4 * num_experts + 8
     assert [value.shape for value in histograms] == [(num_experts, BINS)] * 2
     assert not any(value.requires_grad for value in sums)
     assert V < 400

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from himoe.types import RouterContext, Routing
 
+STEP_COUNTS = "step_counts"
+"""Name of the sum (E,) in which a balancer with `needs_step_counts` counts the selected pairs it has observed."""
+
 
 class Balancer(nn.Module):
     """Base of all balancing strategies; override the hooks you need.
@@ -38,6 +41,12 @@ class Balancer(nn.Module):
 
     bias_multiplies: bool = False
     """True where scores are multiplied instead, by what `bias_step` moves from 1."""
+
+    needs_noise: ClassVar[bool] = False
+    """True for a strategy whose losses need a gate that adds noise, one with a method `noise_std`."""
+
+    needs_step_counts: bool = False
+    """True for a strategy whose losses read `routing.step_counts`; its `observe` accumulates them as `STEP_COUNTS`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,14 +102,14 @@ def step_balancers(balancers: Iterable[Balancer]) -> None:
     """Add up the sums of all ranks in one all-reduce, let every balancer step, and empty the sums."""
     outer = list(dict.fromkeys(balancers))  # one that two layers share moves once
     every = list(dict.fromkeys(m for b in outer for m in b.modules() if isinstance(m, Balancer)))
-    _all_reduce([m.sums for m in every])
+    add_over_ranks([m.sums for m in every])
     for balancer in outer:
         balancer.step()
     for balancer in every:
         balancer.sums.clear()
 
 
-def _all_reduce(sums: list[dict[str, Tensor]]) -> None:
+def add_over_ranks(sums: list[dict[str, Tensor]]) -> None:
     """Replace every tensor by its sum over ranks: one stacked fp64 all-reduce, exact for counts below 2⁵³."""
     places = [(holder, name) for holder in sums for name in sorted(holder)]
     if not places or not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):

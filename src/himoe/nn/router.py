@@ -104,7 +104,7 @@ class Router(nn.Module):
                 batch_shape=(x.shape[0],) if batch_shape is None else batch_shape,
                 token_ids=token_ids,
                 gate_weight=getattr(self.gate, "weight", None),
-                noise=None if noise_std is None else noise_std * torch.randn_like(noise_std),
+                noise=None if noise_std is None else noise_std * self.standard_noise(noise_std),
                 noise_std=noise_std,
                 training=self.training,
             )
@@ -129,6 +129,10 @@ class Router(nn.Module):
         options = {name: value for name, value in getattr(self.selector, "keywords", {}).items() if name != "max_k"}
         choice = self.balancer.adjust_choice(routing.scores.detach(), routing.context)
         return rule(choice, routing.context, **options)
+
+    def standard_noise(self, like: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+        """Draw what a noisy gate's standard deviation is multiplied by."""
+        return torch.randn_like(like)
 
     def _weights(self, scores: Tensor, expert_ids: Tensor, selected: Tensor) -> Tensor:
         weights = scores.gather(-1, expert_ids).where(selected, 0)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from himoe.balance import Balancer, step_balancers
 from himoe.functional import scores as score_functions
@@ -20,11 +20,30 @@ from himoe.types import Routing
 WIDTH = 6
 
 
+MakeGate = Callable[[int, int], nn.Module]
+NOISE_LEVELS = 1000003  # a prime
+
+
+class _SteadyNoise(Router):
+    """A router whose noise is a function of the token, so that a batch may be padded or cut and is the same batch."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:  # type: ignore[override]
+        self._bits = x[:, :1].contiguous().view(torch.int32).to(torch.int64)
+        return super().forward(x, mask)
+
+    def standard_noise(self, like: Tensor) -> Tensor:
+        column = torch.arange(like.shape[-1]) * 7919 + 104729
+        level = (self._bits % NOISE_LEVELS * column) % NOISE_LEVELS  # some number, evenly spread
+        return (2**0.5 * torch.erfinv((2.0 * level + 1) / NOISE_LEVELS - 1)).to(like.dtype)
+
+
 class _Bench:
     """A router around a fresh balancer, and batches to route."""
 
-    def __init__(self, make: Callable[[], Balancer], num_experts: int, top_k: int, groups: int | None, score: str):
-        self.make, self.num_experts, self.top_k = make, num_experts, top_k
+    def __init__(
+        self, make: Callable[[], Balancer], num_experts: int, top_k: int, groups: int | None, score: str, gate: MakeGate
+    ):
+        self.make, self.num_experts, self.top_k, self.make_gate = make, num_experts, top_k, gate
         self.score = getattr(score_functions, score)
         self.selector = partial(select_top_k, k=top_k)
         if groups is not None:
@@ -33,8 +52,8 @@ class _Bench:
 
     def router(self, balancer: Balancer) -> Router:
         torch.manual_seed(1)
-        return Router(
-            Gate(WIDTH, self.num_experts),
+        return _SteadyNoise(
+            self.make_gate(WIDTH, self.num_experts),
             self.selector,
             num_experts=self.num_experts,
             score=self.score,
@@ -53,6 +72,13 @@ class _Bench:
                 balancer.observe(router(batch, mask))
         step_balancers([balancer])
         return balancer
+
+    @staticmethod
+    def gradient(loss: Tensor, router: Router) -> Tensor:
+        """Return the gradient of all of the gate's parameters, as one vector."""
+        parameters = list(router.gate.parameters())
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        return torch.cat([grad.flatten() for grad in grads])
 
     def expect(self, condition: bool, text: str) -> None:
         if not condition:
@@ -110,7 +136,7 @@ def check_losses(bench: _Bench) -> None:
     total = _loss(router.balancer, routing)
     if named:
         bench.expect(total.requires_grad, "the losses carry no gradient, so they train nothing")
-        (grad,) = torch.autograd.grad(total, router.gate.weight)  # type: ignore[arg-type]
+        grad = bench.gradient(total, router)
         bench.expect(bool(grad.isfinite().all()), "a loss gives the gate a gradient that is not finite")
 
 
@@ -128,7 +154,7 @@ def check_padding(bench: _Bench) -> None:
         router = bench.router(balancer)
         routing = router(x, m)
         loss = _loss(balancer, routing) + (routing.weights**2).sum()
-        (grad,) = torch.autograd.grad(loss, router.gate.weight)  # type: ignore[arg-type]
+        grad = bench.gradient(loss, router)
         with torch.no_grad():
             balancer.observe(routing)
         step_balancers([balancer])
@@ -206,7 +232,7 @@ def _check_finite(bench: _Bench, name: str, batch: Tensor, mask: Tensor | None) 
     router = bench.router(balancer)
     routing = router(batch, mask)
     loss = _loss(balancer, routing) + routing.weights.sum()
-    (grad,) = torch.autograd.grad(loss, router.gate.weight)  # type: ignore[arg-type]
+    grad = bench.gradient(loss, router)
     bench.expect(bool(loss.isfinite()) and bool(grad.isfinite().all()), f"{name}: loss or gradient is not finite")
     bench.moved(balancer, batch, mask=mask)
     bench.expect(all(bool(v.isfinite().all()) for v in _state(balancer).values()), f"{name}: state is not finite")
@@ -229,6 +255,7 @@ def check_balancer(
     top_k: int = 2,
     num_groups: int | None = None,
     score: str = "softmax",
+    gate: MakeGate = Gate,
 ) -> None:
     """Run every check on balancers that `make` builds.
 
@@ -238,6 +265,7 @@ def check_balancer(
         top_k: K.
         num_groups: route with top-k' per group over this many groups; None routes over all experts.
         score: `softmax` or `sigmoid`.
+        gate: (D, E) → the router's gate; one with a method `noise_std` for a balancer that needs noise.
 
     Raises:
         AssertionError: the first contract that does not hold, with the balancer's name.
@@ -246,4 +274,4 @@ def check_balancer(
     >>> check_balancer(lambda: Switch(weight=0.01))
     """
     for check in CHECKS:
-        check(_Bench(make, num_experts, top_k, num_groups, score))
+        check(_Bench(make, num_experts, top_k, num_groups, score, gate))
