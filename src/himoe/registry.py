@@ -76,6 +76,8 @@ PRESETS = {
     "qwen3_moe": "himoe.presets.qwen3_moe:qwen3_moe",
     "st_moe": "himoe.presets.st_moe:st_moe",
     "switch_transformers": "himoe.presets.switch_transformers:switch_transformers",
+    "remoe": "himoe.presets.remoe:remoe",
+    "expert_choice": "himoe.presets.expert_choice:expert_choice",
 }
 GROUPED_PRESETS = frozenset({"hi_moe", "hi_moe_paper", "hi_moe_official", "moge"})
 TABLES = {

@@ -8,7 +8,7 @@ from tiny_recipe import router as router_of
 from torch.utils.checkpoint import checkpoint
 
 from himoe import MoE, SwiGLUExperts, presets
-from himoe.balance import LossFree, SequenceBalance, Switch, ZLoss, step_balancers
+from himoe.balance import GlobalBatch, LossFree, SequenceBalance, Switch, ZLoss, step_balancers
 from himoe.errors import ConfigError
 from himoe.functional import scores
 from himoe.registry import PRESETS, load
@@ -49,6 +49,7 @@ def test_weights_of_the_losses_and_of_the_experts(router, alpha, z_loss, renorma
 
 def test_qwen3_has_its_loss_with_the_released_weight():
     (part,) = presets.qwen3_moe(D, E).balancer.parts
+    assert isinstance(part, GlobalBatch)
     assert part.weight == pytest.approx(8 * 0.001)
     router = presets.qwen3_moe(D, E, 4, alpha=0.5, renormalize=False)
     assert router.balancer.parts[0].weight == 0.5 and not router.renormalize

@@ -1,6 +1,7 @@
 """Small language models in fp64 with a router of each preset, and one optimizer step of them."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +57,8 @@ GROUPED = {
     "everything": _with_everything,
 }
 FLAT = {"switch": presets.switch, "loss_free": presets.loss_free, "deepseek_v3": presets.deepseek_v3}
-PUBLISHED = ("glm4_moe", "mixtral", "olmoe", "qwen3_moe", "st_moe", "switch_transformers")
-FLAT |= {name: getattr(presets, name) for name in PUBLISHED}
+PUBLISHED = ("glm4_moe", "mixtral", "olmoe", "qwen3_moe", "st_moe", "switch_transformers", "remoe")
+FLAT |= {name: getattr(presets, name) for name in PUBLISHED} | {"remoe": partial(presets.remoe, start=0.01)}
 ALL = [*GROUPED, *FLAT]
 CAUSAL = ["hi_moe", "moge", "everything", "switch", "loss_free", "deepseek_v3", *PUBLISHED]
 
@@ -130,6 +131,6 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float = 0.
     )
 
 
-def capacity(order: str = "token_major") -> Callable[[], nn.Module]:
+def capacity(order: str = "token_major", factor: float = 0.75) -> Callable[[], nn.Module]:
     """Places so few that pairs are dropped."""
-    return lambda: Capacity(0.75, order=order)
+    return lambda: Capacity(factor, order=order)

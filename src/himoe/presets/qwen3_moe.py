@@ -6,8 +6,9 @@ The loss is that of arXiv 2501.11873: counts of the whole global batch, so that 
 The released configuration names 0.001, which transformers uses with f summing to K: ours is K·0.001 for one layer.
 """
 
+from himoe.balance import GlobalBatch
 from himoe.nn import Router
-from himoe.presets.flat import flat_router, load_balance_and_z_loss
+from himoe.presets.flat import flat_router
 
 
 def qwen3_moe(
@@ -29,5 +30,5 @@ def qwen3_moe(
         renormalize: divide each token's weights by their sum, which Qwen3 does; by default only for K > 1, since at
             K = 1 every weight would be 1 and the gate would get no gradient from the task.
     """
-    parts = load_balance_and_z_loss(top_k, alpha, 0.001, 0.0)
-    return flat_router(dim, num_experts, top_k, parts, renormalize=renormalize)
+    loss = GlobalBatch(weight=0.001 * top_k if alpha is None else alpha)
+    return flat_router(dim, num_experts, top_k, [loss], renormalize=renormalize)
