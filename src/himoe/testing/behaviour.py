@@ -45,7 +45,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "phi": {"weight": 0.1},
     "loss_free": {"rate": 0.01},
     "momentum": {"rate": 0.01},
-    "relu_sparsity": {"start": 1e-3},
+    "relu_sparsity": {"start": 1e-2, "factor": 1.02},
+    "similarity": {"weight": 0.1},
 }
 # What a strategy is made to go with.
 AROUND: dict[str, dict[str, str]] = {
@@ -75,7 +76,7 @@ class Strategy:
             num_experts=E,
             score=_bound("scores", self.around.get("score", "softmax")),
             balancer=balancer,
-            renormalize="score" not in self.around,
+            renormalize="score" not in self.around,  # ReLU scores are weights as they are
         )
 
 
@@ -125,11 +126,11 @@ def _call(table: str, name: str) -> Any:
     return constructor(**_given(constructor), **OPTIONS.get(name, {}))
 
 
-def _bound(table: str, name: str) -> Callable[..., Tensor]:
+def _bound(table: str, name: str) -> Callable[..., Any]:
     function = registry.load(table, name)
     given = _given(function)
     if name in registry.GROUPED_SELECTORS:
-        given |= {"k": 1, "groups": Groups.equal(E, K)}
+        given |= {"k": 1, "groups": Groups.equal(E, K)}  # one expert of each of K groups
     return partial(function, **given)
 
 
@@ -233,7 +234,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="strategies to run (default all)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     given = parser.parse_args(arguments)
-    chosen = [strategy for strategy in strategies() if not given.only or strategy.name in given.only]
+    known = {strategy.name: strategy for strategy in strategies()}
+    if unknown := [name for name in given.only or () if name not in known]:
+        parser.error(f"no strategy {unknown[0]!r}; known: {', '.join(known)}")
+    chosen = [strategy for name, strategy in known.items() if not given.only or name in given.only]
     rows = compare(chosen, given.seeds, given.steps, lambda name: print(name, file=sys.stderr))
     if given.json:
         print(json.dumps({"seeds": given.seeds, "steps": given.steps, "rows": [asdict(row) for row in rows]}, indent=1))
