@@ -26,8 +26,10 @@ def read_unimported(where: str) -> tuple[str, str]:
     for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
             return ast.get_docstring(node) or "", ast.get_docstring(tree) or ""
-        if isinstance(node, ast.ImportFrom) and node.module and name in (alias.name for alias in node.names):
-            return read_unimported(f"{node.module}:{name}")
+        if isinstance(node, ast.ImportFrom) and node.module:
+            known = {alias.asname or alias.name: alias.name for alias in node.names}
+            if name in known:
+                return read_unimported(f"{node.module}:{known[name]}")
     return "", ast.get_docstring(tree) or ""
 
 
