@@ -73,15 +73,16 @@ class Quantile(Balancer):
         self.bias.zero_()
 
     def adjust_choice(self, scores: Float[Tensor, "T E"], context: RouterContext) -> Float[Tensor, "T E"]:  # noqa: ARG002
-        """Return log s + b, or s + b."""
-        if self.space == "log":
-            scores = scores.clamp(min=torch.finfo(scores.dtype).tiny).log()
-        return scores + self.bias
+        """Return s·exp(b), which ranks as log s + b does and stays positive, or s + b."""
+        return scores * self.bias.exp() if self.space == "log" else scores + self.bias
 
     def observe(self, routing: Routing) -> None:
         """Count how far every expert is below the cutoff of each real token."""
         if self.chosen < self.size:  # else every expert is chosen always, whatever the bias
-            choice = self.adjust_choice(routing.scores, routing.context).unflatten(-1, (self.num_groups, self.size))
+            ranked = routing.scores
+            if self.space == "log":
+                ranked = ranked.clamp(min=torch.finfo(ranked.dtype).tiny).log()
+            choice = (ranked + self.bias).unflatten(-1, (self.num_groups, self.size))
             cutoff = choice.topk(self.chosen + 1, dim=-1).values[..., -1:]
             self.accumulate("distances", histogram((cutoff - choice).flatten(-2), routing.context.mask))
 

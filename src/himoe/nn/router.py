@@ -20,7 +20,7 @@ from himoe.types import RouterContext, Routing
 ScoreFunction = Callable[[Tensor], Tensor]
 Selector = Callable[[Tensor, RouterContext], tuple[Tensor, Tensor]]
 
-RENORMALIZE_EPSILON = 1e-10  # as in the authors' code; keeps 0/0 away when every chosen score underflows
+SMALLEST_SUM = 1e-20  # keeps 0/0 away when every chosen score underflows, and a gradient of 1/sum finite
 
 
 class Router(nn.Module):
@@ -89,6 +89,8 @@ class Router(nn.Module):
         token_ids: Int[Tensor, " T"] | None = None,
     ) -> Routing:
         """Route T tokens; nothing is written, so the same call can be repeated at will."""
+        if mask is not None:
+            x = x.where(mask[:, None], 0)  # padding may hold anything, and 0·NaN would reach the gate's gradient
         with without_autocast(x.device):
             logits = self.gate(x)
             logits = logits.to(accumulation_dtype(logits.dtype))  # somebody else's gate may follow a bf16 model
@@ -137,7 +139,7 @@ class Router(nn.Module):
     def _weights(self, scores: Tensor, expert_ids: Tensor, selected: Tensor) -> Tensor:
         weights = scores.gather(-1, expert_ids).where(selected, 0)
         if self.renormalize:
-            weights = weights / (weights.sum(-1, keepdim=True) + RENORMALIZE_EPSILON)
+            weights = weights / weights.sum(-1, keepdim=True).clamp(min=SMALLEST_SUM)
         if self.expert_scale is not None:
             weights = weights * self.expert_scale.to(weights.dtype)[expert_ids]
         return weights * self.scaling_factor
