@@ -12,11 +12,15 @@ from himoe.balance import (
     Chain,
     DualAscent,
     ExpertThreshold,
+    GlobalBatch,
+    Importance,
     LossFree,
     Momentum,
     PerGroup,
+    Phi,
     Quantile,
     Schedule,
+    SequenceBalance,
     Switch,
     TwoLevelTerms,
 )
@@ -225,3 +229,16 @@ def test_controllers_count_as_load_balancing_beside_two_level_terms():
     for nothing in (Momentum(E, rate=0.0), LossFree(E, rate=0.0)):
         with pytest.raises(GuardError, match="without any load-balancing part"):
             check(TwoLevelTerms(E, G), nothing)
+
+
+@pytest.mark.parametrize("kind", [GlobalBatch, SequenceBalance, partial(Phi, E)])
+def test_losses_that_pull_as_switch_does_count_with_their_weight(kind):
+    silent(lambda: check(TwoLevelTerms(E, G, lambda_intra=0.01), kind(weight=0.01)))
+    with pytest.raises(GuardError, match=r"lambda_intra/alpha = 0.01/0.002 = 5 > 2.5"):
+        check(TwoLevelTerms(E, G, lambda_intra=0.01), kind(weight=0.002))
+
+
+def test_of_other_losses_that_balance_no_ratio_is_known():
+    silent(lambda: check(TwoLevelTerms(E, G), Importance(weight=0.1)))
+    with pytest.raises(GuardError, match="without any load-balancing part"):
+        check(TwoLevelTerms(E, G), Importance(weight=0.0))

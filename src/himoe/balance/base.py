@@ -33,6 +33,9 @@ class Balancer(nn.Module):
     balances_load: ClassVar[bool] = False
     """True for a strategy that by itself drives the experts towards equal load."""
 
+    alpha: float | None = None
+    """Weight of a loss that near balance pulls as `Switch` of this weight does; None for all other strategies."""
+
     causal: bool = True
     """False for a strategy with which a later token can change an earlier one's routing: not for language models."""
 

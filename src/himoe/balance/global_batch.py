@@ -40,6 +40,7 @@ class GlobalBatch(Balancer):
                 f"global_batch: weight = {weight} must be ≥ 0 and finite, source = {source!r} raw or corrected"
             )
         self.weight, self.source = weight, source
+        self.alpha = weight
 
     def losses(self, routing: Routing) -> dict[str, Float[Tensor, ""]]:
         """Return the weighted loss of this layer."""

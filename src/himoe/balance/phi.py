@@ -47,6 +47,7 @@ class Phi(Balancer):
         if not 0 < rate <= 1:
             raise ConfigError(f"phi: rate = {rate} must be above 0 and at most 1")
         self.weight, self.rate, self.source = weight, rate, source
+        self.alpha = weight
         self.register_buffer("mean_probabilities", torch.full((num_experts,), 1 / num_experts, dtype=torch.float32))
 
     def reset_parameters(self) -> None:

@@ -4,7 +4,7 @@ import warnings
 
 import torch
 
-from himoe.balance import Balancer, DualAscent, Switch, TwoLevelTerms
+from himoe.balance import Balancer, DualAscent, TwoLevelTerms
 from himoe.errors import ConfigError, GuardError, HimoeWarning
 from himoe.nn.router import ScoreFunction
 
@@ -77,9 +77,9 @@ def _warn_of_one_group(terms: TwoLevelTerms, top_k: int) -> None:
 
 def _refuse_collapse(terms: TwoLevelTerms, balancer: Balancer, force: bool) -> None:
     parts = [m for m in balancer.modules() if isinstance(m, Balancer)]
-    alpha = sum(part.weight for part in parts if isinstance(part, Switch))
-    if any(_balances_by_choice(part) for part in parts):
-        return
+    alpha = sum(part.alpha or 0 for part in parts)
+    if any(_balances_by_other_means(part) for part in parts):
+        return  # no ratio is known to fail
     # Dual ascent may raise λ_intra up to its maximum.
     reachable = [part.maximum for part in parts if isinstance(part, DualAscent) and part.terms is terms]
     largest = max(terms.lambda_intra, *reachable) if reachable else terms.lambda_intra
@@ -98,10 +98,12 @@ def _refuse_collapse(terms: TwoLevelTerms, balancer: Balancer, force: bool) -> N
     warnings.warn(message, HimoeWarning, stacklevel=4)
 
 
-def _balances_by_choice(part: Balancer) -> bool:
-    """Return whether a part drives loads towards equality by moving the choice."""
+def _balances_by_other_means(part: Balancer) -> bool:
+    """Return whether a part drives loads towards equality by moving the choice, or by a loss unlike `Switch`'s."""
+    if not part.balances_load or part.alpha is not None:
+        return False
     moves_choice = type(part).adjust_choice is not Balancer.adjust_choice
-    return part.balances_load and moves_choice and part.bias_step != 0
+    return part.bias_step != 0 if moves_choice else getattr(part, "weight", 1) != 0
 
 
 def _warn_of_step(part: Balancer, step: float, score: ScoreFunction, num_experts: int) -> None:
