@@ -11,6 +11,7 @@ import himoe
 from himoe import Groups, MoE
 from himoe.balance import Balancer, Chain, GlobalBatch, PerGroup, Schedule, Switch, ZLoss
 from himoe.balance.base import STEP_COUNTS, step_balancers
+from himoe.errors import ConfigError
 
 E, K, TOKENS = 6, 2, 8
 GROUPS = Groups(((5, 0, 3), (2, 1, 4)))
@@ -82,6 +83,13 @@ def test_each_layer_has_its_own_counts():
         himoe.observe(model, routings)
     expected = formula(data) + formula([-x for x in data])
     assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_two_layers_that_share_one_are_refused():
+    shared = GlobalBatch(weight=1.0)
+    model, x = model_of(shared, shared), batches(1)[0]
+    with pytest.raises(ConfigError, match="MoE layer 1 shares its GlobalBatch with another layer"):
+        himoe.aux_losses(model, [model[0](x)[1], model[1](-x)[1]])
 
 
 def within_groups(so_far: list[Tensor], weights: list[float]) -> Tensor:

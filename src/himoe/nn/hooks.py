@@ -48,9 +48,16 @@ def _with_step_counts(pairs: list[tuple[MoE, Routing | None]]) -> list[tuple[MoE
     if any(routing is not None and not routing.context.training for _, routing in pairs):
         return pairs
     counts: list[dict[str, Tensor]] = []
-    for layer, routing in pairs:
+    seen: set[Balancer] = set()
+    for i, (layer, routing) in enumerate(pairs):
         parts = (part for part in layer.router.balancer.modules() if isinstance(part, Balancer))
         asking = next((part for part in parts if part.needs_step_counts), None)  # an outer part before its inner ones
+        if asking in seen:
+            raise ConfigError(
+                f"aux_losses: MoE layer {i} shares its {type(asking).__name__} with another layer, and the counts of "
+                "both would cancel out: give every layer its own"
+            )
+        seen |= set() if asking is None else {asking}
         counts.append(
             {} if asking is None else {STEP_COUNTS: _counted(layer, routing) + asking.sums.get(STEP_COUNTS, 0)}
         )

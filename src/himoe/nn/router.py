@@ -63,11 +63,6 @@ class Router(nn.Module):
         function = getattr(self.selector, "func", self.selector)
         return getattr(function, "__name__", type(function).__name__)
 
-    @property
-    def causal(self) -> bool:
-        """False where the selector lets a later token change an earlier one's experts."""
-        return getattr(getattr(self.selector, "func", self.selector), "causal", True)
-
     @cached_property
     def top_k(self) -> int:
         """K, the number of places the selector has for every token; it need not fill them all."""
