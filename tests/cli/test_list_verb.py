@@ -10,6 +10,7 @@ import pytest
 import torch
 from jaxtyping import Int
 
+import himoe
 from himoe.balance import Balancer
 from himoe.build import build_model
 from himoe.cli import main
@@ -18,7 +19,7 @@ from himoe.cli.catalogue import KINDS, entries
 from himoe.cli.docstrings import read_unimported
 from himoe.config import load_config
 from himoe.nn import non_causal_parts
-from himoe.registry import TABLES, load
+from himoe.registry import GOES_WITH, TABLES, load
 
 pytestmark = pytest.mark.filterwarnings("ignore::himoe.errors.HimoeWarning")
 
@@ -146,6 +147,18 @@ def test_a_card_shows_a_configuration_that_builds_and_names_its_options(capsys, 
     if table in OPTIONS:
         given = getattr(moe, OPTIONS[table].removeprefix("moe."))
         assert bool(given) == any(o.default not in ("none", "must be given") for o in card(table, name).options)
+
+
+@pytest.mark.parametrize(("table", "name"), [(table, name) for table, names in GOES_WITH.items() for name in names])
+def test_a_card_shows_an_entry_beside_what_it_is_made_for(tmp_path, table, name):
+    wanted = dict(GOES_WITH[table][name])
+    (tmp_path / "my.toml").write_text(f'recipe = "lm_tiny"\n{card(table, name).configuration}', encoding="utf-8")
+    moe = load_config(tmp_path / "my.toml").moe
+    assert wanted.pop("balancer", moe.balancers[0].name) == moe.balancers[0].name
+    assert {key: getattr(moe, key) for key in wanted} == wanted
+    model = build_model(load_config(tmp_path / "my.toml"), 300)
+    _, routings = model(torch.randint(300, (1, 9)))
+    assert (name in ("load", "relu_sparsity") or table == "scores") == bool(himoe.aux_losses(model, routings))
 
 
 @pytest.mark.parametrize(("table", "name"), [("balancers", "hi_moe"), ("scores", "swiglu"), ("presets", "linear")])
