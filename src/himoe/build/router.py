@@ -8,7 +8,7 @@ from himoe import registry
 from himoe.balance import Balancer, Chain, PerGroup, Schedule
 from himoe.build.calling import bind, call, check_type, construct, parameters_of, try_out
 from himoe.config.schema import BalancerEntry, MoEConfig
-from himoe.errors import HimoeWarning
+from himoe.errors import ConfigError, HimoeWarning
 from himoe.functional.groups import Groups
 from himoe.nn import Router
 from himoe.presets import check_guards
@@ -36,6 +36,7 @@ def build_router(moe: MoEConfig, dim: int) -> Router:
         try_out(router, " with ".join(own), dim)
     else:
         construct(lambda: router.top_k, f"moe.selector {moe.selector!r}")  # chooses once: options that do not fit show
+    _refuse_what_needs_noise(router, "set")
     check_guards(balancer, top_k=moe.top_k, score=score, num_experts=moe.num_experts, force=moe.force)
     _warn_of_what_cannot_learn(moe, selector, balancer)
     return router
@@ -81,7 +82,21 @@ def _build_preset(moe: MoEConfig, dim: int, extra: list[Balancer]) -> Router:
         router.balancer = Chain(router.balancer, *extra)
         facts = {"top_k": moe.top_k, "num_experts": moe.num_experts, "force": moe.force}
         check_guards(router.balancer, score=router.score, **facts)
+    _refuse_what_needs_noise(
+        router, f"moe.preset ({moe.preset!r}) brings its own gate; give moe.selector instead, with"
+    )
     return router
+
+
+def _refuse_what_needs_noise(router: Router, advice: str) -> None:
+    """Raise `ConfigError` for a balancer whose losses need a gate that adds noise, where the gate adds none."""
+    if hasattr(router.gate, "noise_std"):
+        return
+    for part in router.balancer.modules():
+        if isinstance(part, Balancer) and part.needs_noise:
+            raise ConfigError(
+                f'moe.balancers: {type(part).__name__} needs a gate that adds noise: {advice} moe.gate = "noisy"'
+            )
 
 
 def _build_balancer(index: int, entry: BalancerEntry, moe: MoEConfig) -> Balancer:
