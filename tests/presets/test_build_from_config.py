@@ -7,7 +7,7 @@ import torch
 from tiny_recipe import DIM, config, parts, router
 
 from himoe import GELUExperts, Groups, moe_layers
-from himoe.balance import LogitCorrection, LossFree, Momentum, Quantile, Switch, TwoLevelTerms, ZLoss
+from himoe.balance import LogitCorrection, LossFree, Momentum, Quantile, Schedule, Switch, TwoLevelTerms, ZLoss
 from himoe.build import build_model
 from himoe.config import load_config
 from himoe.config.schema import ModelConfig
@@ -264,3 +264,13 @@ def test_a_schedule_of_a_configuration_may_scale_moves():
     (found,) = built.balancer.parts
     assert (found.kind, found.steps, found.scales) == ("off_after", 7, "moves")
     assert isinstance(found.balancer, Momentum)
+
+
+def test_a_schedule_of_a_configuration_scales_what_there_is():
+    for name, scales in (("loss_free", "moves"), ("switch", "losses")):
+        entry = {"name": name, "schedule": {"kind": "off_after", "steps": 5}}
+        (found,) = parts(router(selector="top_k", score="sigmoid", balancers=[entry]), Schedule)
+        assert found.scales == scales
+    entry["schedule"]["scales"] = "moves"
+    with pytest.raises(ConfigError, match=r"^moe.balancers\[0\] 'switch': .*Switch has no moves to scale"):
+        router(selector="top_k", balancers=[entry])

@@ -120,8 +120,7 @@ def _build_balancer(index: int, entry: BalancerEntry, moe: MoEConfig) -> Balance
     else:
         by_group = moe.preset in registry.GROUPED_PRESETS or moe.selector in registry.GROUPED_SELECTORS
         built = build(moe.num_experts, groups, moe.top_k, groups if by_group else None)
-    schedule = entry.schedule
-    return built if schedule is None else Schedule(built, schedule.kind, steps=schedule.steps, scales=schedule.scales)
+    return built if entry.schedule is None else construct(Schedule, where, built, **entry.schedule.model_dump())
 
 
 def _bound(part: str, name: str, moe: MoEConfig, options: dict[str, Any]) -> Callable[..., Any]:

@@ -121,7 +121,7 @@ class ScheduleEntry(BaseModel):
 
     kind: Literal["warmup", "two_stage", "off_after"]
     steps: Count
-    scales: Literal["losses", "moves"] = "losses"
+    scales: Literal["losses", "moves"] | None = None
 
 
 class BalancerEntry(BaseModel):
@@ -210,7 +210,7 @@ class MoEConfig(BaseModel):
     balancers: list[BalancerEntry] = Field(
         default_factory=list,
         description="Balancing strategies, each a table with `name` (`himoe list balancers`) and its options; "
-        "`schedule = { kind, steps, scales }` changes it over the steps, `per_group = true` keeps one for each group; "
+        "`schedule = { kind, steps, scales }` changes it over the steps, its losses or else its moves unless `scales` says which, `per_group = true` keeps one for each group; "
         "beside a preset they join its own",
     )
     renormalize: bool | None = Field(
