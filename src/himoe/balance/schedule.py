@@ -13,8 +13,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from himoe.balance.base import Balancer
-from himoe.balance.chain import Chain
-from himoe.balance.per_group import PerGroup
 from himoe.errors import ConfigError
 from himoe.types import RouterContext, Routing
 
@@ -36,6 +34,7 @@ class Schedule(Balancer):
         ConfigError: options out of range, or a balancer without that which is to be scaled.
     """
 
+    passes_on = True
     KINDS = ("warmup", "two_stage", "off_after")
     SCALES = ("losses", "moves")
     num_steps: Tensor
@@ -116,8 +115,7 @@ class Schedule(Balancer):
 
 def _parts(balancer: Balancer) -> list[Balancer]:
     """Return the balancer and those within it, without the ones that only pass on what others do."""
-    parts = [part for part in balancer.modules() if isinstance(part, Balancer)]
-    return [part for part in parts if not isinstance(part, Chain | PerGroup | Schedule)]
+    return [part for part in balancer.modules() if isinstance(part, Balancer) and not part.passes_on]
 
 
 def _has_losses(balancer: Balancer) -> bool:
