@@ -53,6 +53,12 @@ def test_options_of_a_selector_reach_it():
         ("threshold", {"max_k": 9}, r"moe.selector 'threshold': threshold: max_k = 9 must be between 1 and"),
         ("sinkhorn", {"iterations": 1.5}, r"iterations = 1.5 must be a whole number"),
         ("replay", {}, r"moe.selector 'replay': .*expert_ids"),
+        (
+            "replay",
+            {"expert_ids": [[1]]},
+            r"^moe.selector 'replay': expert_ids is a tensor, which only Python can give",
+        ),
+        ("replay", {"selected": [[True]]}, r"^moe.selector 'replay': selected is a tensor, which only Python can give"),
     ],
 )
 def test_options_that_do_not_fit_are_one_line(name, options, message):

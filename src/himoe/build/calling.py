@@ -49,6 +49,8 @@ def check_options(function: Any, where: str, options: dict[str, Any], given: Map
                 f"{where}: unknown option {name} = {value!r}; allowed: {', '.join(allowed) or 'none'}"
                 f"{nearest(name, allowed)}"
             )
+        if is_tensor(parameters[name].annotation) and not isinstance(value, torch.Tensor):
+            raise ConfigError(f"{where}: {name} is a tensor, which only Python can give, by functools.partial")
         if kind := _other_kind(value, parameters[name].annotation):
             raise ConfigError(f"{where}: {name} = {value!r} must be {kind}")
         if isinstance(value, float) and not math.isfinite(value):
@@ -80,6 +82,16 @@ def try_out(module: nn.Module, where: str, dim: int) -> None:
     except Exception as error:  # somebody else's code may raise anything
         raise ConfigError(f"{where}: fails on one token: {_in_one_line(error)}") from error
     module.train()
+
+
+def is_tensor(annotation: Any) -> bool:
+    """Return whether an annotation asks for a tensor, or a tensor or none.
+
+    >>> is_tensor(torch.Tensor), is_tensor(torch.Tensor | None), is_tensor(int | None)
+    (True, True, False)
+    """
+    kinds = [kind for kind in get_args(annotation) if kind is not NoneType] or [annotation]
+    return all(getattr(kind, "__module__", "").partition(".")[0] in ("torch", "jaxtyping") for kind in kinds)
 
 
 def _in_one_line(error: Exception) -> str:

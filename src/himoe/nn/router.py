@@ -68,7 +68,10 @@ class Router(nn.Module):
         """K, the number of places the selector has for every token; it need not fill them all."""
         probe = torch.zeros(1, self.num_experts)
         context = RouterContext(batch_shape=(1,), token_ids=torch.zeros(1, dtype=torch.int64))
-        return self.selector(probe, context)[0].shape[-1]
+        try:
+            return self.selector(probe, context)[0].shape[-1]
+        except AttributeError as error:  # which a module would report as its own lack of `top_k`
+            raise TypeError(f"the selector {self.selector_name} fails on one token: {error}") from error
 
     def reset_parameters(self) -> None:
         """Set the learned scale back to 1."""
