@@ -18,6 +18,7 @@ from himoe.cli.cards import OPTIONS, SETTLED, card
 from himoe.cli.catalogue import KINDS, entries
 from himoe.cli.docstrings import read_unimported
 from himoe.config import load_config
+from himoe.errors import ConfigError
 from himoe.nn import non_causal_parts
 from himoe.registry import GOES_WITH, TABLES, load
 
@@ -223,6 +224,47 @@ def test_a_readers_own_has_a_card_too(capsys, reader):
     assert (given["options"][0]["kind"], given["configuration"]) == ("tensor", "")
     assert (given["facts"]["causal"], given["facts"]["balances_load"]) == (True, False)
     assert "In Python only" in printed(capsys, "selectors", "reader:given").out
+
+
+class Silent(Balancer):
+    def __init__(self, rate: "float" = 0.5, name: "Unknown | None" = None) -> None:
+        super().__init__()
+
+
+class Postponed(Balancer):
+    """Its annotations are text."""
+
+    def __init__(self, rate: "float" = 0.5, ids: "torch.Tensor | None" = None) -> None:
+        super().__init__()
+
+
+def test_a_class_without_docstring_is_not_described_by_its_base(capsys, reader):
+    sys.modules["reader"].Silent = Silent
+    found = as_json(capsys, "balancers", "reader:Silent")
+    assert (found["description"], found["text"]) == ("", [])
+    assert [option["kind"] for option in found["options"]] == ["any", "any"]  # one cannot be read, so none is
+    assert "It has no docstring." in printed(capsys, "balancers", "reader:Silent").out
+
+
+def test_postponed_annotations_are_read(capsys, reader):
+    sys.modules["reader"].Postponed = Postponed
+    kinds = {option["name"]: option["kind"] for option in as_json(capsys, "balancers", "reader:Postponed")["options"]}
+    assert kinds == {"rate": "number", "ids": "tensor or none"}
+    moe = {"selector": "top_k", "balancers": [{"name": "reader:Postponed", "rate": "fast"}]}
+    with pytest.raises(ConfigError, match=r"rate = 'fast' must be a number$"):
+        build_model(load_config("lm_tiny", overrides={"moe": moe}), 300)
+
+
+def test_a_readers_own_name_alone_needs_its_table(capsys, reader):
+    assert main(["list", "reader:Mine"]) == 2
+    assert "himoe list balancers reader:Mine" in capsys.readouterr().err
+
+
+def test_a_list_in_a_docstring_is_wrapped_to_the_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = printed(capsys, "st_moe").out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len([line for line in lines if line.startswith("  - ")]) == 3
 
 
 def test_list_of_a_recipe_is_its_file(capsys, tmp_path):

@@ -11,7 +11,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from himoe.cli.catalogue import KINDS
-from himoe.cli.docstrings import first_line, papers, sections
+from himoe.cli.docstrings import first_line, own_doc, papers, sections
 from himoe.cli.specimen import Facts, beside, facts_of
 from himoe.config.key_tables import PLAIN_TYPES
 from himoe.config.recipes import recipe_description, recipe_text
@@ -82,7 +82,7 @@ def card(kind: str, name: str) -> Card:
         where = f"himoe/recipes/{name}.toml"
         return Card(kind, name, recipe_description(name), where, configuration=recipe_text(name))
     entry = load(kind, name)
-    doc, opening = inspect.getdoc(entry) or "", inspect.getdoc(sys.modules[entry.__module__]) or ""
+    doc, opening = own_doc(entry), inspect.getdoc(sys.modules[entry.__module__]) or ""
     text, arguments = sections(doc)
     text += [f"Options are {meaning}" for option, meaning in arguments.items() if option.startswith("**")]
     options = _options(entry)
@@ -103,7 +103,9 @@ def card(kind: str, name: str) -> Card:
 
 def _options(entry: Any) -> list[Option]:
     """Return what a configuration can give an entry."""
-    meanings = sections(inspect.getdoc(entry) or "")[1]
+    from himoe.build.calling import signature
+
+    meanings = sections(own_doc(entry))[1]
     for name, meaning in list(meanings.items()):  # **options: as in `another` of the same file
         if name.startswith("**") and "`" in meaning:
             other = getattr(sys.modules[entry.__module__], meaning.split("`")[1], None)
@@ -111,7 +113,7 @@ def _options(entry: Any) -> list[Option]:
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [
         Option(option.name, _kind(option.annotation), _default(option), meanings.get(option.name, ""))
-        for option in inspect.signature(entry).parameters.values()
+        for option in signature(entry).parameters.values()
         if option.name not in SETTLED and option.kind not in variadic
     ]
 
@@ -131,7 +133,7 @@ def _kind(annotation: Any) -> str:
         return PLAIN_TYPES[annotation]
     if getattr(annotation, "__module__", "").partition(".")[0] in ("torch", "jaxtyping"):
         return TENSOR
-    return "any" if annotation is inspect.Parameter.empty else "list"
+    return "any" if annotation is inspect.Parameter.empty or isinstance(annotation, str) else "list"
 
 
 def _default(option: inspect.Parameter) -> str:
