@@ -80,6 +80,18 @@ PRESETS = {
     "expert_choice": "himoe.presets.expert_choice:expert_choice",
 }
 GROUPED_PRESETS = frozenset({"hi_moe", "hi_moe_paper", "hi_moe_official", "moge"})
+GOES_WITH: dict[str, dict[str, dict[str, Any]]] = {
+    "balancers": {
+        "load": {"gate": "noisy"},
+        "relu_sparsity": {"selector": "threshold", "score": "relu", "renormalize": False},
+        "expert_threshold": {"selector": "threshold"},
+    },
+    "scores": {
+        "relu": {"selector": "threshold", "renormalize": False, "balancer": "relu_sparsity"},
+        "softmax_per_group": {"selector": "top_k_per_group"},
+    },
+}
+"""What an entry is made for, by its table and name: keys of `moe` beside it, and a balancer."""
 TABLES = {
     "balancers": BALANCERS,
     "gates": GATES,

@@ -11,7 +11,9 @@ from himoe.balance import (
     LogitCorrection,
     LossFree,
     Momentum,
+    PerGroup,
     Quantile,
+    ReluSparsity,
     Schedule,
     Switch,
     TwoLevelTerms,
@@ -19,6 +21,7 @@ from himoe.balance import (
 )
 from himoe.balance.base import step_balancers
 from himoe.errors import ConfigError
+from himoe.functional.groups import Groups
 
 E, G = 8, 4
 
@@ -73,7 +76,7 @@ def test_micro_batches_do_not_advance_a_schedule():
 def test_a_schedule_leaves_every_other_hook_in_force():
     plain = Chain(LogitCorrection(E, tau=2.0, beta=0.0), LossFree(E, rate=0.3))
     inner = Chain(LogitCorrection(E, tau=2.0, beta=0.0), LossFree(E, rate=0.3))
-    schedule = Schedule(inner, "two_stage", steps=5)
+    schedule = Schedule(inner, "off_after", steps=5)
     for balancer in (plain, schedule):
         one_step(balancer, routing(1))
     logits = random_logits(2, 12, E)
@@ -114,6 +117,41 @@ def test_wrong_schedules(kind, steps, text):
 def test_wrong_scales(options, text):
     with pytest.raises(ConfigError, match=text):
         Schedule(terms(), "warmup", steps=1, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "scales"),
+    [
+        (Switch, "losses"),
+        (lambda: LossFree(E), "moves"),
+        (lambda: Chain(LossFree(E), Switch()), "losses"),
+        (lambda: Chain(LossFree(E)), "moves"),
+        (lambda: PerGroup(Groups.equal(E, G), [LossFree(2) for _ in range(G)]), "moves"),
+        (lambda: Schedule(LossFree(E), "warmup", steps=3), "moves"),
+        (lambda: ReluSparsity(E, 2), "losses"),
+    ],
+)
+def test_a_schedule_scales_what_its_balancer_has(make, scales):
+    assert Schedule(make(), "off_after", steps=5).scales == scales
+
+
+@pytest.mark.parametrize(
+    ("make", "scales", "text"),
+    [
+        (lambda: LossFree(E), "losses", "LossFree has no losses to scale; it has moves, so give scales = 'moves'$"),
+        (
+            lambda: PerGroup(Groups.equal(E, G), [LossFree(2) for _ in range(G)]),
+            "losses",
+            "PerGroup has no losses to scale; ",
+        ),
+        (Switch, "moves", "Switch has no moves to scale; it has losses, so give scales = 'losses'$"),
+        (Chain, None, "schedule off_after: scales = 'moves', but Chain has no moves to scale$"),
+        (lambda: Schedule(Switch(), "warmup", steps=3), "moves", "Schedule has no moves to scale; "),
+    ],
+)
+def test_a_schedule_with_nothing_to_scale_is_refused(make, scales, text):
+    with pytest.raises(ConfigError, match=text):
+        Schedule(make(), "off_after", steps=5, scales=scales)
 
 
 @pytest.mark.parametrize(

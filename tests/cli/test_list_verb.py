@@ -10,6 +10,7 @@ import pytest
 import torch
 from jaxtyping import Int
 
+import himoe
 from himoe.balance import Balancer
 from himoe.build import build_model
 from himoe.cli import main
@@ -17,8 +18,9 @@ from himoe.cli.cards import OPTIONS, SETTLED, card
 from himoe.cli.catalogue import KINDS, entries
 from himoe.cli.docstrings import read_unimported
 from himoe.config import load_config
+from himoe.errors import ConfigError
 from himoe.nn import non_causal_parts
-from himoe.registry import TABLES, load
+from himoe.registry import GOES_WITH, TABLES, load
 
 pytestmark = pytest.mark.filterwarnings("ignore::himoe.errors.HimoeWarning")
 
@@ -148,6 +150,18 @@ def test_a_card_shows_a_configuration_that_builds_and_names_its_options(capsys, 
         assert bool(given) == any(o.default not in ("none", "must be given") for o in card(table, name).options)
 
 
+@pytest.mark.parametrize(("table", "name"), [(table, name) for table, names in GOES_WITH.items() for name in names])
+def test_a_card_shows_an_entry_beside_what_it_is_made_for(tmp_path, table, name):
+    wanted = dict(GOES_WITH[table][name])
+    (tmp_path / "my.toml").write_text(f'recipe = "lm_tiny"\n{card(table, name).configuration}', encoding="utf-8")
+    moe = load_config(tmp_path / "my.toml").moe
+    assert wanted.pop("balancer", moe.balancers[0].name) == moe.balancers[0].name
+    assert {key: getattr(moe, key) for key in wanted} == wanted
+    model = build_model(load_config(tmp_path / "my.toml"), 300)
+    _, routings = model(torch.randint(300, (1, 9)))
+    assert (name in ("load", "relu_sparsity") or table == "scores") == bool(himoe.aux_losses(model, routings))
+
+
 @pytest.mark.parametrize(("table", "name"), [("balancers", "hi_moe"), ("scores", "swiglu"), ("presets", "linear")])
 def test_a_name_that_stands_in_another_table_is_shown_from_there(capsys, table, name):
     found, err = printed(capsys, table, name)
@@ -210,6 +224,47 @@ def test_a_readers_own_has_a_card_too(capsys, reader):
     assert (given["options"][0]["kind"], given["configuration"]) == ("tensor", "")
     assert (given["facts"]["causal"], given["facts"]["balances_load"]) == (True, False)
     assert "In Python only" in printed(capsys, "selectors", "reader:given").out
+
+
+class Silent(Balancer):
+    def __init__(self, rate: "float" = 0.5, name: "Unknown | None" = None) -> None:
+        super().__init__()
+
+
+class Postponed(Balancer):
+    """Its annotations are text."""
+
+    def __init__(self, rate: "float" = 0.5, ids: "torch.Tensor | None" = None) -> None:
+        super().__init__()
+
+
+def test_a_class_without_docstring_is_not_described_by_its_base(capsys, reader):
+    sys.modules["reader"].Silent = Silent
+    found = as_json(capsys, "balancers", "reader:Silent")
+    assert (found["description"], found["text"]) == ("", [])
+    assert [option["kind"] for option in found["options"]] == ["any", "any"]  # one cannot be read, so none is
+    assert "It has no docstring." in printed(capsys, "balancers", "reader:Silent").out
+
+
+def test_postponed_annotations_are_read(capsys, reader):
+    sys.modules["reader"].Postponed = Postponed
+    kinds = {option["name"]: option["kind"] for option in as_json(capsys, "balancers", "reader:Postponed")["options"]}
+    assert kinds == {"rate": "number", "ids": "tensor or none"}
+    moe = {"selector": "top_k", "balancers": [{"name": "reader:Postponed", "rate": "fast"}]}
+    with pytest.raises(ConfigError, match=r"rate = 'fast' must be a number$"):
+        build_model(load_config("lm_tiny", overrides={"moe": moe}), 300)
+
+
+def test_a_readers_own_name_alone_needs_its_table(capsys, reader):
+    assert main(["list", "reader:Mine"]) == 2
+    assert "himoe list balancers reader:Mine" in capsys.readouterr().err
+
+
+def test_a_list_in_a_docstring_is_wrapped_to_the_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = printed(capsys, "st_moe").out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len([line for line in lines if line.startswith("  - ")]) == 3
 
 
 def test_list_of_a_recipe_is_its_file(capsys, tmp_path):

@@ -129,6 +129,14 @@ ONE_PROBLEM = [
     (['train.log_to=["wandbb"]'], "did you mean 'wandb'?"),
     (["train.recompute=all"], "must be one of none, selective, full"),
     (["train.ema_decay=1"], "train.ema_decay = 1: must be < 1"),
+    # a gate beside a preset
+    (["moe.gate=linear"], "moe.gate = \"linear\": cannot stand beside moe.preset ('hi_moe'), which brings its own"),
+    (["moe.preset=a.b:c", "moe.gate=noisy"], "cannot stand beside moe.preset ('a.b:c'), which brings its own"),
+    (["moe.gate_options={noise_floor=1}"], "belong to moe.gate, and moe.preset ('hi_moe') brings its own gate"),
+    # lists that hold nothing
+    (["moe.pools=[]"], "moe.pools = []: must have at least 1"),
+    (["moe.groups=[]"], "moe.groups = []: must hold each expert from 0 to 7 exactly once"),
+    (["moe.top_k_per_group=[]"], "moe.top_k_per_group = []: must have one entry for each of the 4 groups"),
     # groups of unequal size
     (["moe.groups=[[0, 1], [2, 3]]"], "must hold each expert from 0 to 7 exactly once"),
     (["moe.groups=[[0, 1, 1], [2, 3, 4, 5, 6, 7]]", "moe.top_k=2"], "exactly once"),

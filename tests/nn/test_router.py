@@ -261,3 +261,11 @@ def test_padding_may_hold_nan():
         (gradient,) = torch.autograd.grad(routing.weights.square().sum(), router.gate.weight)
         gradients.append(gradient)
     assert torch.equal(*gradients) and gradients[0].abs().sum() > 0
+
+
+def test_an_error_in_the_selector_is_not_taken_for_a_lack_of_top_k():
+    def broken(scores, context):
+        return [scores.nothing], None
+
+    with pytest.raises(TypeError, match=r"the selector broken fails on one token: .*'nothing'"):
+        _ = Router(Gate(D, E), broken, num_experts=E).top_k

@@ -7,7 +7,7 @@ import torch
 from tiny_recipe import DIM, config, parts, router
 
 from himoe import GELUExperts, Groups, moe_layers
-from himoe.balance import LogitCorrection, LossFree, Momentum, Quantile, Switch, TwoLevelTerms, ZLoss
+from himoe.balance import LogitCorrection, LossFree, Momentum, Quantile, Schedule, Switch, TwoLevelTerms, ZLoss
 from himoe.build import build_model
 from himoe.config import load_config
 from himoe.config.schema import ModelConfig
@@ -258,9 +258,31 @@ def test_a_quantile_balancer_knows_how_experts_are_chosen():
     assert [(part.num_groups, part.chosen, part.size) for part in each] == [(1, 1, 3), (1, 3, 5)]
 
 
+def test_beside_a_flat_selector_a_balancer_per_group_gets_the_share_of_its_group():
+    unequal = {"groups": [[0, 1], [2, 3, 4, 5, 6, 7]], "selector": "top_k"}
+    each = quantile_of(**unequal, top_k=4, per_group=True)
+    assert [(part.chosen, part.size) for part in each] == [(1, 2), (3, 6)]
+    assert len(parts(router(**unequal, top_k=3, balancers=[{"name": "switch", "per_group": True}]), Switch)) == 2
+    refused = r"^moe.balancers\[0\] 'quantile': .*moe.top_k = 3 does not divide over groups of "
+    for moe in (unequal, {"selector": "top_k", "num_groups": 2}, {"preset": "switch", "num_groups": 2}):
+        with pytest.raises(ConfigError, match=refused) as caught:
+            quantile_of(**moe, top_k=3, per_group=True)
+        assert "\n" not in str(caught.value)
+
+
 def test_a_schedule_of_a_configuration_may_scale_moves():
     schedule = {"kind": "off_after", "steps": 7, "scales": "moves"}
     built = router(selector="top_k", score="sigmoid", balancers=[{"name": "momentum", "schedule": schedule}])
     (found,) = built.balancer.parts
     assert (found.kind, found.steps, found.scales) == ("off_after", 7, "moves")
     assert isinstance(found.balancer, Momentum)
+
+
+def test_a_schedule_of_a_configuration_scales_what_there_is():
+    for name, scales in (("loss_free", "moves"), ("switch", "losses")):
+        entry = {"name": name, "schedule": {"kind": "off_after", "steps": 5}}
+        (found,) = parts(router(selector="top_k", score="sigmoid", balancers=[entry]), Schedule)
+        assert found.scales == scales
+    entry["schedule"]["scales"] = "moves"
+    with pytest.raises(ConfigError, match=r"^moe.balancers\[0\] 'switch': .*Switch has no moves to scale"):
+        router(selector="top_k", balancers=[entry])

@@ -53,6 +53,12 @@ def test_options_of_a_selector_reach_it():
         ("threshold", {"max_k": 9}, r"moe.selector 'threshold': threshold: max_k = 9 must be between 1 and"),
         ("sinkhorn", {"iterations": 1.5}, r"iterations = 1.5 must be a whole number"),
         ("replay", {}, r"moe.selector 'replay': .*expert_ids"),
+        (
+            "replay",
+            {"expert_ids": [[1]]},
+            r"^moe.selector 'replay': expert_ids is a tensor, which only Python can give",
+        ),
+        ("replay", {"selected": [[True]]}, r"^moe.selector 'replay': selected is a tensor, which only Python can give"),
     ],
 )
 def test_options_that_do_not_fit_are_one_line(name, options, message):
@@ -97,6 +103,19 @@ def test_gates_are_named_and_take_options():
     assert isinstance(built.gate, CosineGate) and built.gate.weight.shape == (8, 3)
     with pytest.raises(ConfigError, match=r"moe.gate 'cosine': unknown option floor = 1"):
         router(**spelled("top_k", gate="cosine", gate_options={"floor": 1}))
+
+
+@pytest.mark.parametrize("per_group", [False, True])
+@pytest.mark.parametrize("preset", ["switch", "hi_moe", None])
+def test_a_balancer_that_needs_noise_needs_a_gate_that_adds_it(preset, per_group):
+    balancers = [{"name": "load", "per_group": per_group}]
+    moe = {"preset": preset} if preset else {"selector": "top_k"}
+    with pytest.raises(ConfigError, match=r'^moe.balancers: Load needs a gate .* moe.gate = "noisy"$') as caught:
+        router(balancers=balancers, **moe)
+    assert (f"moe.preset ({preset!r})" in str(caught.value)) == bool(preset)
+    if not preset:
+        built = router(balancers=balancers, gate="noisy", **moe)
+        assert built.balancer.losses(built(torch.randn(9, DIM)))["smooth_load"] > 0
 
 
 def test_a_gate_of_ones_own_beside_hash_is_tried_out_with_a_token_id():

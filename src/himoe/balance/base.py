@@ -51,6 +51,9 @@ class Balancer(nn.Module):
     needs_step_counts: bool = False
     """True for a strategy whose losses read `routing.step_counts`; its `observe` accumulates them as `STEP_COUNTS`."""
 
+    passes_on: ClassVar[bool] = False
+    """True for a balancer around others that adds no losses and no moves of its own to theirs."""
+
     def __init__(self) -> None:
         super().__init__()
         self.sums: dict[str, Tensor] = {}

@@ -31,6 +31,7 @@ class PerGroup(Balancer):
     the scores that `adjust_choice` moves, stay as the layer made them: softmax scores are shares of the whole layer.
     """
 
+    passes_on = True
     parts: Sequence[Balancer]
 
     def __init__(self, groups: Groups, balancers: Sequence[Balancer]) -> None:

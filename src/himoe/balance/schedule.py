@@ -26,10 +26,15 @@ class Schedule(Balancer):
             then 0. `step` counts optimizer steps from 0.
         steps: length of the first part, ≥ 1.
         scales: `losses`, or `moves`: each optimizer step then takes the floating-point state from `before` only to
-            before + factor·(after − before); integers, which count, move as they are.
+            before + factor·(after − before); integers, which count, move as they are. None: the losses of a balancer
+            that has some, else its moves.
         only: names of the losses to scale; None scales all.
+
+    Raises:
+        ConfigError: options out of range, or a balancer without that which is to be scaled.
     """
 
+    passes_on = True
     KINDS = ("warmup", "two_stage", "off_after")
     SCALES = ("losses", "moves")
     num_steps: Tensor
@@ -40,7 +45,7 @@ class Schedule(Balancer):
         kind: str,
         *,
         steps: int,
-        scales: str = "losses",
+        scales: str | None = None,
         only: tuple[str, ...] | None = None,
     ) -> None:
         super().__init__()
@@ -48,10 +53,17 @@ class Schedule(Balancer):
             raise ConfigError(f"schedule = {kind!r}: must be one of {', '.join(self.KINDS)}")
         if steps < 1:
             raise ConfigError(f"schedule {kind}: steps = {steps} must be at least 1")
+        has = {"losses": _has_losses(balancer), "moves": _moves(balancer)}
+        if scales is None:
+            scales = "losses" if has["losses"] or only is not None else "moves"
         if scales not in self.SCALES:
             raise ConfigError(f"schedule {kind}: scales = {scales!r} must be one of {', '.join(self.SCALES)}")
         if scales == "moves" and only is not None:
             raise ConfigError(f"schedule {kind}: only = {only} names losses; leave it out with scales = 'moves'")
+        if not has[scales]:
+            name = type(balancer).__name__
+            other = next((f"; it has {key}, so give scales = {key!r}" for key in self.SCALES if has[key]), "")
+            raise ConfigError(f"schedule {kind}: scales = {scales!r}, but {name} has no {scales} to scale{other}")
         self.balancer, self.kind, self.steps, self.scales, self.only = balancer, kind, steps, scales, only
         self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
 
@@ -99,3 +111,20 @@ class Schedule(Balancer):
         else:
             self.balancer.step()
         self.num_steps.add_(1)
+
+
+def _parts(balancer: Balancer) -> list[Balancer]:
+    """Return the balancer and those within it, without the ones that only pass on what others do."""
+    return [part for part in balancer.modules() if isinstance(part, Balancer) and not part.passes_on]
+
+
+def _has_losses(balancer: Balancer) -> bool:
+    return any(type(part).losses is not Balancer.losses for part in _parts(balancer))
+
+
+def _moves(balancer: Balancer) -> bool:
+    """Return whether a step moves state that is not a count."""
+    return any(
+        type(part).step is not Balancer.step and any(buffer.is_floating_point() for buffer in part.buffers())
+        for part in _parts(balancer)
+    )

@@ -19,9 +19,17 @@ LONGEST_REASON = 200
 def parameters_of(function: Any, where: str) -> Mapping[str, inspect.Parameter]:
     """Return the parameters by name, or raise `ConfigError` for what has none."""
     try:
-        return inspect.signature(function).parameters
+        return signature(function).parameters
     except (TypeError, ValueError) as error:  # it cannot be called, or is written in C and names no parameters
         raise ConfigError(f"{where}: must be a function or class whose parameters have names") from error
+
+
+def signature(function: Any) -> inspect.Signature:
+    """Return the signature, postponed annotations as what they stand for, or as text where they cannot be read."""
+    try:
+        return inspect.signature(function, eval_str=True)
+    except Exception:  # an annotation may name what is imported for type checkers only
+        return inspect.signature(function)
 
 
 def call(function: Callable[..., Any], where: str, options: dict[str, Any], given: dict[str, Any]) -> Any:
@@ -49,6 +57,8 @@ def check_options(function: Any, where: str, options: dict[str, Any], given: Map
                 f"{where}: unknown option {name} = {value!r}; allowed: {', '.join(allowed) or 'none'}"
                 f"{nearest(name, allowed)}"
             )
+        if is_tensor(parameters[name].annotation) and not isinstance(value, torch.Tensor):
+            raise ConfigError(f"{where}: {name} is a tensor, which only Python can give, by functools.partial")
         if kind := _other_kind(value, parameters[name].annotation):
             raise ConfigError(f"{where}: {name} = {value!r} must be {kind}")
         if isinstance(value, float) and not math.isfinite(value):
@@ -73,13 +83,28 @@ def check_type(built: Any, kind: type, where: str) -> None:
 
 @torch.no_grad()
 def try_out(module: nn.Module, where: str, dim: int) -> None:
-    """Send one zero token through a layer or router with a reader's own part, in eval mode; random numbers stay."""
+    """Send one zero token through a layer or router with a reader's own part, in eval mode; random numbers stay.
+
+    Does nothing on the meta device, where a part that reads values cannot run.
+    """
+    if torch.get_default_device().type == "meta":
+        return
     try:
         with torch.random.fork_rng(devices=[]):
             module.eval()(torch.zeros(1, dim), token_ids=torch.zeros(1, dtype=torch.int64))
     except Exception as error:  # somebody else's code may raise anything
         raise ConfigError(f"{where}: fails on one token: {_in_one_line(error)}") from error
     module.train()
+
+
+def is_tensor(annotation: Any) -> bool:
+    """Return whether an annotation asks for a tensor, or a tensor or none.
+
+    >>> is_tensor(torch.Tensor), is_tensor(torch.Tensor | None), is_tensor(int | None)
+    (True, True, False)
+    """
+    kinds = [kind for kind in get_args(annotation) if kind is not NoneType] or [annotation]
+    return all(getattr(kind, "__module__", "").partition(".")[0] in ("torch", "jaxtyping") for kind in kinds)
 
 
 def _in_one_line(error: Exception) -> str:

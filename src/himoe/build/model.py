@@ -64,6 +64,20 @@ def build_model(config: Config, vocab_size: int) -> DecoderLM:
     return model
 
 
+def check_model(config: Config) -> None:
+    """Refuse a configuration that `build_model` refuses, without memory for weights.
+
+    Each router is built as it is, which takes D·E numbers, so that a reader's own parts of it are tried out on a token;
+    everything else is built on the meta device, so that a reader's own experts are not.
+    """
+    if config.moe_layer_indices:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")  # the whole model warns of the same
+            build_router(config.moe, config.model.dim)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        build_model(config, config.data.vocab_size)  # any size: no rule depends on it
+
+
 def build_moe(moe: MoEConfig, dim: int) -> MoE:
     """Build one MoE layer of width `dim`."""
     experts = _build_experts(moe, dim)

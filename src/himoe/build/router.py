@@ -8,7 +8,7 @@ from himoe import registry
 from himoe.balance import Balancer, Chain, PerGroup, Schedule
 from himoe.build.calling import bind, call, check_type, construct, parameters_of, try_out
 from himoe.config.schema import BalancerEntry, MoEConfig
-from himoe.errors import HimoeWarning
+from himoe.errors import ConfigError, HimoeWarning
 from himoe.functional.groups import Groups
 from himoe.nn import Router
 from himoe.presets import check_guards
@@ -19,7 +19,7 @@ def build_router(moe: MoEConfig, dim: int) -> Router:
     extra = [_build_balancer(index, entry, moe) for index, entry in enumerate(moe.balancers)]
     if moe.preset is not None:
         return _build_preset(moe, dim, extra)
-    assert moe.selector and moe.score, "without a preset, the configuration has settled both"
+    assert moe.selector and moe.score and moe.gate, "without a preset, the configuration has settled all three"
     selector, score = _bound("selector", moe.selector, moe, moe.selector_options), _bound("score", moe.score, moe, {})
     balancer = Chain(*extra)
     gate = registry.load("gates", moe.gate)
@@ -36,6 +36,7 @@ def build_router(moe: MoEConfig, dim: int) -> Router:
         try_out(router, " with ".join(own), dim)
     else:
         construct(lambda: router.top_k, f"moe.selector {moe.selector!r}")  # chooses once: options that do not fit show
+    _refuse_what_needs_noise(router, "set")
     check_guards(balancer, top_k=moe.top_k, score=score, num_experts=moe.num_experts, force=moe.force)
     _warn_of_what_cannot_learn(moe, selector, balancer)
     return router
@@ -81,7 +82,21 @@ def _build_preset(moe: MoEConfig, dim: int, extra: list[Balancer]) -> Router:
         router.balancer = Chain(router.balancer, *extra)
         facts = {"top_k": moe.top_k, "num_experts": moe.num_experts, "force": moe.force}
         check_guards(router.balancer, score=router.score, **facts)
+    _refuse_what_needs_noise(
+        router, f"moe.preset ({moe.preset!r}) brings its own gate; give moe.selector instead, with"
+    )
     return router
+
+
+def _refuse_what_needs_noise(router: Router, advice: str) -> None:
+    """Raise `ConfigError` for a balancer whose losses need a gate that adds noise, where the gate adds none."""
+    if hasattr(router.gate, "noise_std"):
+        return
+    for part in router.balancer.modules():
+        if isinstance(part, Balancer) and part.needs_noise:
+            raise ConfigError(
+                f'moe.balancers: {type(part).__name__} needs a gate that adds noise: {advice} moe.gate = "noisy"'
+            )
 
 
 def _build_balancer(index: int, entry: BalancerEntry, moe: MoEConfig) -> Balancer:
@@ -99,14 +114,16 @@ def _build_balancer(index: int, entry: BalancerEntry, moe: MoEConfig) -> Balance
         return built
 
     groups = build_groups(moe)
+    by_group = moe.preset in registry.GROUPED_PRESETS or moe.selector in registry.GROUPED_SELECTORS
     if entry.per_group:
-        sizes = zip(groups.sizes, _top_k_per_group(moe, groups), strict=True)
+        each = _top_k_per_group(moe, groups)
+        if "top_k" in accepted and not (by_group or moe.top_k_per_group):
+            each = _shares_of_top_k(moe, groups, where)
+        sizes = zip(groups.sizes, each, strict=True)
         built = PerGroup(groups, [build(size, Groups.equal(size, 1), k) for size, k in sizes])
     else:
-        by_group = moe.preset in registry.GROUPED_PRESETS or moe.selector in registry.GROUPED_SELECTORS
         built = build(moe.num_experts, groups, moe.top_k, groups if by_group else None)
-    schedule = entry.schedule
-    return built if schedule is None else Schedule(built, schedule.kind, steps=schedule.steps, scales=schedule.scales)
+    return built if entry.schedule is None else construct(Schedule, where, built, **entry.schedule.model_dump())
 
 
 def _bound(part: str, name: str, moe: MoEConfig, options: dict[str, Any]) -> Callable[..., Any]:
@@ -126,3 +143,14 @@ def _bound(part: str, name: str, moe: MoEConfig, options: dict[str, Any]) -> Cal
 
 def _top_k_per_group(moe: MoEConfig, groups: Groups) -> tuple[int, ...]:
     return tuple(moe.top_k_per_group or [moe.top_k // groups.num_groups] * groups.num_groups)
+
+
+def _shares_of_top_k(moe: MoEConfig, groups: Groups, where: str) -> tuple[int, ...]:
+    """Return how many of a token's experts are a group's fair share where the best of all are taken: K·S_g/E."""
+    if any(moe.top_k * size % moe.num_experts for size in groups.sizes):
+        raise ConfigError(
+            f"{where}: per_group needs a whole number of a token's experts for each group, and moe.top_k = {moe.top_k} "
+            f"does not divide over groups of {', '.join(map(str, groups.sizes))}; choose another moe.top_k, or select "
+            f"by group with {', '.join(sorted(registry.GROUPED_SELECTORS))}"
+        )
+    return tuple(moe.top_k * size // moe.num_experts for size in groups.sizes)

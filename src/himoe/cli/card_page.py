@@ -15,6 +15,7 @@ from himoe.cli.docstrings import ARXIV
 
 WIDEST = 110
 """Lines longer than this are hard to read, however wide the terminal."""
+BULLET = "- "
 
 EVERY_BALANCER = (
     "Every balancer of a configuration also takes `schedule = { kind, steps, scales }` and `per_group = true`, see "
@@ -29,7 +30,7 @@ def print_card(console: Console, card: Card) -> None:
         return
     width = min(console.width, WIDEST)
     console.print(f"[bold]{escape(card.name)}[/bold] · {SINGULAR[card.table]}", highlight=False)
-    _print_block(console, card.description, width, indent="")
+    _print_block(console, card.description or "It has no docstring.", width, indent="")
     console.print()
     _print_rows(console, _facts(card), width)
     if blocks := [block for block in (*re.split(r"\n\s*\n", card.opening), *card.text) if block.strip()]:
@@ -96,12 +97,28 @@ def _print_block(console: Console, block: str, width: int, indent: str = "  ") -
     if lines[0].startswith("|"):
         rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
         _print_table(console, [row for row in rows if set("".join(row)) - set("-: ")], width, indent)
+    elif any(line.startswith(BULLET) for line in lines) and all(line.startswith((BULLET, "  ")) for line in lines[1:]):
+        _print_list(console, lines, width, indent)
     elif any(line.startswith((" ", ">>>")) for line in lines):
         console.print(escape(textwrap.indent(block, indent)), highlight=False, soft_wrap=True)
     else:
         text = textwrap.fill(
             " ".join(lines), width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
         )
+        console.print(escape(text), highlight=False, soft_wrap=True)
+
+
+def _print_list(console: Console, lines: Sequence[str], width: int, indent: str) -> None:
+    """Print points, each wrapped, under the line that may stand before them."""
+    points: list[str] = []
+    for line in lines:
+        if points and not line.startswith(BULLET):
+            points[-1] += f" {line.strip()}"
+        else:
+            points.append(line)
+    for point in points:
+        hanging = indent + " " * len(BULLET) if point.startswith(BULLET) else indent
+        text = textwrap.fill(point, width, initial_indent=indent, subsequent_indent=hanging, break_on_hyphens=False)
         console.print(escape(text), highlight=False, soft_wrap=True)
 
 

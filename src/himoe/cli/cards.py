@@ -11,12 +11,12 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from himoe.cli.catalogue import KINDS
-from himoe.cli.docstrings import first_line, papers, sections
-from himoe.cli.specimen import Facts, facts_of
+from himoe.cli.docstrings import first_line, own_doc, papers, sections
+from himoe.cli.specimen import Facts, beside, facts_of
 from himoe.config.key_tables import PLAIN_TYPES
 from himoe.config.recipes import recipe_description, recipe_text
 from himoe.config.toml import format_value
-from himoe.registry import TABLES, load
+from himoe.registry import GOES_WITH, TABLES, load
 
 # Arguments that the configuration's other keys and the layer itself settle; the rest are an entry's options.
 SETTLED = {"dim", "hidden_dim", "num_experts", "num_groups", "groups", "selection_groups", "top_k", "k",
@@ -25,14 +25,14 @@ SETTLED = {"dim", "hidden_dim", "num_experts", "num_groups", "groups", "selectio
 OPTIONS = {"presets": "moe.options", "gates": "moe.gate_options", "selectors": "moe.selector_options"}
 PLACE = {
     "balancers": '[[moe.balancers]]\nname = "{0}"',
-    "gates": '[moe]\nselector = "{1}"\ngate = "{0}"',
-    "selectors": '[moe]\nselector = "{0}"',
-    "scores": '[moe]\nselector = "{1}"\nscore = "{0}"',
-    "experts": '[moe]\nexperts = "{0}"',
-    "presets": '[moe]\npreset = "{0}"',
+    "gates": 'gate = "{0}"',
+    "selectors": 'selector = "{0}"',
+    "scores": 'score = "{0}"',
+    "experts": 'experts = "{0}"',
+    "presets": 'preset = "{0}"',
 }
-SPELLED_OUT = '[[moe.balancers]]\nname = "switch"'
-"""What stands beside a gate, a selector or a score, so that the experts are used evenly."""
+BALANCED_BY = "switch"
+"""What stands beside a gate, a selector or a score that is made for no other, so that the experts are used evenly."""
 REQUIRED, TENSOR = "must be given", "tensor"
 
 
@@ -82,7 +82,7 @@ def card(kind: str, name: str) -> Card:
         where = f"himoe/recipes/{name}.toml"
         return Card(kind, name, recipe_description(name), where, configuration=recipe_text(name))
     entry = load(kind, name)
-    doc, opening = inspect.getdoc(entry) or "", inspect.getdoc(sys.modules[entry.__module__]) or ""
+    doc, opening = own_doc(entry), inspect.getdoc(sys.modules[entry.__module__]) or ""
     text, arguments = sections(doc)
     text += [f"Options are {meaning}" for option, meaning in arguments.items() if option.startswith("**")]
     options = _options(entry)
@@ -103,7 +103,9 @@ def card(kind: str, name: str) -> Card:
 
 def _options(entry: Any) -> list[Option]:
     """Return what a configuration can give an entry."""
-    meanings = sections(inspect.getdoc(entry) or "")[1]
+    from himoe.build.calling import signature
+
+    meanings = sections(own_doc(entry))[1]
     for name, meaning in list(meanings.items()):  # **options: as in `another` of the same file
         if name.startswith("**") and "`" in meaning:
             other = getattr(sys.modules[entry.__module__], meaning.split("`")[1], None)
@@ -111,7 +113,7 @@ def _options(entry: Any) -> list[Option]:
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [
         Option(option.name, _kind(option.annotation), _default(option), meanings.get(option.name, ""))
-        for option in inspect.signature(entry).parameters.values()
+        for option in signature(entry).parameters.values()
         if option.name not in SETTLED and option.kind not in variadic
     ]
 
@@ -131,7 +133,7 @@ def _kind(annotation: Any) -> str:
         return PLAIN_TYPES[annotation]
     if getattr(annotation, "__module__", "").partition(".")[0] in ("torch", "jaxtyping"):
         return TENSOR
-    return "any" if annotation is inspect.Parameter.empty else "list"
+    return "any" if annotation is inspect.Parameter.empty or isinstance(annotation, str) else "list"
 
 
 def _default(option: inspect.Parameter) -> str:
@@ -145,14 +147,20 @@ def _configuration(kind: str, name: str, options: list[Option], facts: Facts) ->
     required = [option for option in options if option.default == REQUIRED]
     if any(option.kind == TENSOR for option in required):
         return ""
-    place, allow = PLACE[kind].format(name, facts.beside), "allow_non_causal = true" if facts.causal is False else ""
-    if kind == "balancers":
-        place = f"[moe]\n{allow}\n\n{place}" if allow else place
-    elif allow:
-        place += f"\n{allow}"
+    keys = [f"{key} = {format_value(value)}" for key, value in beside(kind, name).items()]
+    place = PLACE[kind].format(name)
+    if kind != "balancers":
+        keys.append(place)
+    if facts.causal is False:
+        keys.append("allow_non_causal = true")
+    section = "\n".join(["[moe]", *keys]) if keys else ""
+    place = "\n\n".join(filter(None, [section, place])) if kind == "balancers" else section
     shown = [f"# {option.name} = …  # must be given" for option in required]
     shown += [f"{option.name} = {option.default}" for option in options if option.default not in ("none", REQUIRED)][:1]
     if shown and (kind in OPTIONS or kind == "balancers"):
         place += "".join([f"\n\n[{OPTIONS[kind]}]" if kind in OPTIONS else "", *(f"\n{line}" for line in shown)])
     alone = kind not in ("gates", "selectors", "scores") or facts.balances_load
-    return place if alone else f"{place}\n\n{SPELLED_OUT}"
+    if alone:
+        return place
+    balancer = GOES_WITH.get(kind, {}).get(name, {}).get("balancer", BALANCED_BY)
+    return f'{place}\n\n[[moe.balancers]]\nname = "{balancer}"'

@@ -66,6 +66,8 @@ def table_of(name: str, kind: str | None = None) -> str:
     known = names(kind) if kind else []
     if kind and (name in known or (":" in name and kind != "recipes")):
         return kind
+    if not kind and ":" in name:
+        raise ConfigError(f"{name}: say which table it is for, as in himoe list balancers {name}; {', '.join(TABLES)}")
     found = [table for table in KINDS if name in names(table)]
     if len(found) == 1:
         return found[0]

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import inspect
 import re
 import textwrap
 from pathlib import Path
@@ -31,6 +32,11 @@ def read_unimported(where: str) -> tuple[str, str]:
             if name in known:
                 return read_unimported(f"{node.module}:{known[name]}")
     return "", ast.get_docstring(tree) or ""
+
+
+def own_doc(entry: object) -> str:
+    """Return the docstring of a class or function itself, never the one that a class inherits."""
+    return inspect.cleandoc(vars(entry).get("__doc__") or "") if inspect.isclass(entry) else inspect.getdoc(entry) or ""
 
 
 def papers(doc: str, opening: str) -> list[str]:

@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from himoe.errors import HimoeError, HimoeWarning
-from himoe.registry import GROUPED_SELECTORS, TABLES, load
+from himoe.registry import GOES_WITH, TABLES, load
 
 # Sizes of the small layer, by which the letters of a shape are known again.
 DIM = 10
 SIZES = {"num_experts": 12, "num_groups": 3, "top_k": 3, "expert_dim": 14, "force": True}
 LETTERS = {12: "E", 24: "2E", 10: "D", 14: "F", 28: "2F", 3: "G"}
 
-# Selectors that a score or a gate is tried with, in this order: some are made for groups.
-BESIDE = ("top_k", *sorted(GROUPED_SELECTORS))
+BESIDE = {"selector": "top_k"}
+"""What stands beside a part that is not made for anything else."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,6 @@ class Facts:
         balances_load: whether it drives the experts towards equal load; None where that is not its business.
         causal: whether it leaves earlier tokens alone; None where it could not be built by itself.
         made_of: of a preset, the entries that it puts together, by table.
-        beside: the selector that it was built beside, where it is no selector itself.
     """
 
     state: dict[str, str] = field(default_factory=dict)
@@ -35,7 +34,17 @@ class Facts:
     balances_load: bool | None = None
     causal: bool | None = None
     made_of: dict[str, list[str]] = field(default_factory=dict)
-    beside: str = BESIDE[0]
+
+
+def beside(kind: str, name: str) -> dict[str, Any]:
+    """Return the keys of `moe` that stand beside an entry in a layer: what it is made for, else a plain selector.
+
+    >>> beside("scores", "softmax"), beside("balancers", "load"), beside("experts", "gelu")
+    ({'selector': 'top_k'}, {'selector': 'top_k', 'gate': 'noisy'}, {})
+    """
+    made_for = {key: value for key, value in GOES_WITH.get(kind, {}).get(name, {}).items() if key != "balancer"}
+    needed = kind in ("gates", "scores", "selectors") or (kind == "balancers" and made_for)
+    return (BESIDE if needed and kind != "selectors" else {}) | made_for
 
 
 def facts_of(kind: str, name: str) -> Facts:
@@ -44,33 +53,31 @@ def facts_of(kind: str, name: str) -> Facts:
 
     from himoe.balance import Balancer
 
-    built = ((_layer_with(kind, name, selector), selector) for selector in BESIDE)
-    layer, selector = next((one for one in built if one[0] is not None), (None, BESIDE[0]))
+    layer = _layer_with(kind, name)
     thing = load(kind, name) if layer is None else _part(kind, layer)
     if layer is None and inspect.isclass(thing):
         return Facts()
     if not isinstance(thing, nn.Module):
         balances = bool(getattr(thing, "balances_load", False)) if kind == "selectors" else None
-        return Facts(balances_load=balances, causal=getattr(thing, "causal", True), beside=selector)
+        return Facts(balances_load=balances, causal=getattr(thing, "causal", True))
     return Facts(
         state={name: _shape(value) for name, value in thing.named_buffers()},
         parameters={name: _shape(value) for name, value in thing.named_parameters()},
         balances_load=_balances(thing, Balancer) if kind in ("balancers", "presets") else None,
         causal=_causal(layer),
         made_of=_composition(thing) if kind == "presets" else {},
-        beside=selector,
     )
 
 
-def _layer_with(kind: str, name: str, selector: str) -> Any:
-    """Return a small MoE layer with the entry, beside a selector; None where that cannot be built."""
+def _layer_with(kind: str, name: str) -> Any:
+    """Return a small MoE layer with the entry and what it is made for; None where that cannot be built."""
     from himoe.build import build_moe
     from himoe.config import load_config
 
     key = kind if kind in ("experts", "balancers") else kind.removesuffix("s")
-    moe = SIZES | {key: [{"name": name}] if kind == "balancers" else name}
-    if kind not in ("presets", "experts"):
-        moe = {"selector": selector} | moe
+    moe = SIZES | beside(kind, name) | {key: [{"name": name}] if kind == "balancers" else name}
+    if kind == "balancers":
+        moe = BESIDE | moe
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", HimoeWarning)
         try:

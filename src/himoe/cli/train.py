@@ -69,7 +69,8 @@ class Train(Verb):
     find_learning_rate: Annotated[bool, option()] = False
     """Train with a rising learning rate until it breaks, suggest one, and write nothing."""
     dry_run: Annotated[bool, option()] = False
-    """Print the resolved configuration and write nothing."""
+    """Print the resolved configuration and write nothing. Refuses what building the model refuses, such as options that
+    a part does not have; text, tokenizer, a run to start from, and your own experts at work are not looked at."""
 
     def run(self, command: list[str]) -> int:
         """Train, and print the closing tables.
@@ -80,6 +81,9 @@ class Train(Verb):
         if self.find_learning_rate:
             self._refuse_what_a_search_ignores()
         if self.dry_run:
+            from himoe.build import check_model
+
+            check_model(config)
             print(json.dumps(config.model_dump(mode="json")) if self.as_json else format_document(config.model_dump()))
             return 0
         console = Console(stderr=self.as_json)

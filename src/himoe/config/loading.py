@@ -21,7 +21,8 @@ from himoe.config.schema import Config
 from himoe.config.toml import split_assignment
 from himoe.errors import ConfigError, nearest
 
-# A layer that sets the key on the left, to anything but none, drops what lower layers said about those on the right.
+# A layer that sets the key on the left, to anything but none or an empty list, drops what lower layers said about those
+# on the right.
 RETIRES = {
     "data.path": ("data.sources", "data.weights"),
     "data.sources": ("data.path", "data.domain_column"),
@@ -72,7 +73,7 @@ def merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
     kept = deepcopy(dict(base))
     for key, others in RETIRES.items():
         section, _, name = key.partition(".")
-        if _section(layer, section).get(name) not in (None, "none"):
+        if _section(layer, section).get(name) not in (None, "none", []):
             for other in others:
                 _drop(kept, other)
     sources, below = (_section(tree, "data").get("sources") for tree in (layer, base))

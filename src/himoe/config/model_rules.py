@@ -93,16 +93,19 @@ def _groups_hold_every_expert(groups: list[list[int]] | None, num_experts: int) 
 
 @rule("moe.num_groups", "moe.groups")
 def _number_of_groups(num_groups: int, groups: list[list[int]] | None) -> str | None:
-    if groups is None or num_groups == len(groups):
+    if not groups or num_groups == len(groups):
         return None
     return f"moe.groups lists {len(groups)} groups; leave moe.num_groups out"
 
 
-@rule("moe.groups", "moe.preset", "moe.selector")
-def _groups_need_grouped_selection(
-    groups: list[list[int]] | None, preset: str | None, selector: str | None
+@rule("moe.groups", "moe.preset", "moe.selector", "moe.balancers")
+def _groups_need_what_goes_by_group(
+    groups: list[list[int]] | None, preset: str | None, selector: str | None, balancers: list[dict[str, Any]]
 ) -> str | None:
-    return _only_grouped(preset, selector) if groups is not None else None
+    if groups is None or any(balancer.get("per_group") for balancer in balancers):
+        return None
+    refused = _only_grouped(preset, selector)
+    return refused and f"{refused}; or a balancer with per_group = true"
 
 
 @rule("moe.top_k_per_group", "moe.preset", "moe.selector")
@@ -172,11 +175,18 @@ def _options_of_a_selector(options: dict[str, Any], selector: str | None) -> str
     )
 
 
-@rule("moe.gate", "moe.preset")
-def _gate_beside_selector(gate: str, preset: str | None) -> str | None:
-    if gate == "linear" or preset is None or ":" in preset:
+@rule("moe.gate", "moe.preset", "moe.selector")
+def _gate_beside_selector(gate: str | None, preset: str | None, selector: str | None) -> str | None:
+    if gate is None or preset is None or selector is not None:
         return None
     return f"cannot stand beside moe.preset ({preset!r}), which brings its own; it belongs to moe.selector"
+
+
+@rule("moe.gate_options", "moe.preset")
+def _options_of_a_gate(options: dict[str, Any], preset: str | None) -> str | None:
+    if options and preset is not None:
+        return f"belong to moe.gate, and moe.preset ({preset!r}) brings its own gate; its options stand in moe.options"
+    return None
 
 
 @rule("moe.pools", "moe.num_experts")

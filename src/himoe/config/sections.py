@@ -121,7 +121,7 @@ class ScheduleEntry(BaseModel):
 
     kind: Literal["warmup", "two_stage", "off_after"]
     steps: Count
-    scales: Literal["losses", "moves"] = "losses"
+    scales: Literal["losses", "moves"] | None = None
 
 
 class BalancerEntry(BaseModel):
@@ -196,8 +196,9 @@ class MoEConfig(BaseModel):
     options: dict[str, Any] = Field(
         default_factory=dict, description="Options of the preset (`himoe list presets NAME`)"
     )
-    gate: Annotated[str, _entry_of("gates")] = Field(
-        default="linear", description="How a token becomes logits (`himoe list gates`), beside a selector"
+    gate: Annotated[str, _entry_of("gates")] | None = Field(
+        default=None,
+        description="How a token becomes logits (`himoe list gates`), beside a selector. None: linear",
     )
     gate_options: dict[str, Any] = Field(default_factory=dict, description="Options of the gate")
     selector: Annotated[str, _entry_of("selectors")] | None = Field(
@@ -210,7 +211,8 @@ class MoEConfig(BaseModel):
     balancers: list[BalancerEntry] = Field(
         default_factory=list,
         description="Balancing strategies, each a table with `name` (`himoe list balancers`) and its options; "
-        "`schedule = { kind, steps, scales }` changes it over the steps, `per_group = true` keeps one for each group; "
+        "`schedule = { kind, steps, scales }` changes its losses, or else the moves of its state, over the steps, "
+        "`per_group = true` keeps one for each group; "
         "beside a preset they join its own",
     )
     renormalize: bool | None = Field(

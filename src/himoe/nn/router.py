@@ -66,9 +66,12 @@ class Router(nn.Module):
     @cached_property
     def top_k(self) -> int:
         """K, the number of places the selector has for every token; it need not fill them all."""
-        probe = torch.zeros(1, self.num_experts)
-        context = RouterContext(batch_shape=(1,), token_ids=torch.zeros(1, dtype=torch.int64))
-        return self.selector(probe, context)[0].shape[-1]
+        try:
+            with torch.device("cpu"):  # also where the model is built on the meta device
+                context = RouterContext(batch_shape=(1,), token_ids=torch.zeros(1, dtype=torch.int64))
+                return self.selector(torch.zeros(1, self.num_experts), context)[0].shape[-1]
+        except AttributeError as error:  # which a module would report as its own lack of `top_k`
+            raise TypeError(f"the selector {self.selector_name} fails on one token: {error}") from error
 
     def reset_parameters(self) -> None:
         """Set the learned scale back to 1."""

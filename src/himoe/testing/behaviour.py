@@ -48,12 +48,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "relu_sparsity": {"start": 1e-2, "factor": 1.02},
     "similarity": {"weight": 0.1},
 }
-# What a strategy is made to go with.
-AROUND: dict[str, dict[str, str]] = {
-    "load": {"gate": "noisy"},
-    "relu_sparsity": {"score": "relu", "selector": "threshold"},
-    "expert_threshold": {"selector": "threshold"},
-}
+AROUND = registry.GOES_WITH["balancers"]  # what a strategy is made to go with
 FREE = ("replay",)  # selectors that have nothing to show here: their choice is given
 
 
@@ -64,7 +59,7 @@ class Strategy:
     table: str
     name: str
     claims: bool
-    around: dict[str, str] = field(default_factory=dict)
+    around: dict[str, Any] = field(default_factory=dict)
 
     def router(self) -> Router:
         """Build its router."""
@@ -76,7 +71,7 @@ class Strategy:
             num_experts=E,
             score=_bound("scores", self.around.get("score", "softmax")),
             balancer=balancer,
-            renormalize="score" not in self.around,  # ReLU scores are weights as they are
+            renormalize=self.around.get("renormalize", True),
         )
 
 
