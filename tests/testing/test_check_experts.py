@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from broken_experts import BROKEN, D, Matrices
+from broken_experts import BROKEN, D, HalvesTheGradientOfTheTokens, LowRank, Matrices
 
 from himoe import registry
 from himoe.nn import ConstantExperts, CopyExperts, GELUExperts, PooledExperts, ReLU2Experts, SwiGLUExperts, ZeroExperts
@@ -63,6 +63,16 @@ def test_pools_conform(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_experts_that_the_broken_ones_break_are_sound(dtype):
     check_experts(Matrices, dim=D, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_frozen_parameters_and_ones_that_start_at_zero_are_sound(dtype):
+    check_experts(LowRank, dim=D, dtype=dtype)
+
+
+def test_a_wrong_gradient_of_the_tokens_is_seen_in_fp64():
+    with pytest.raises(AssertionError, match="Tokens: the gradient of x is not the slope of the output"):
+        check_experts(HalvesTheGradientOfTheTokens, dim=D, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)
