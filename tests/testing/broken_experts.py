@@ -229,6 +229,17 @@ class LowRank(Matrices):
         return super().add_up(x, expert_ids, weights) + change
 
 
+class BreaksTheGraph(Matrices):
+    def real(self, x, kept):
+        torch._dynamo.graph_break()
+        return super().real(x, kept)
+
+
+class DiffersWhenCompiled(Matrices):
+    def real(self, x, kept):
+        return super().real(-x if torch.compiler.is_compiling() else x, kept)
+
+
 BROKEN = {
     NoNumber: "num_experts must be a whole number ≥ 1, is None",
     NumberAsTensor: "num_experts must be a whole number ≥ 1, is tensor(3)",
@@ -258,4 +269,6 @@ BROKEN = {
     NotSaved: "acts otherwise after save and load: unsaved state",
     CannotBeReset: "reset_parameters() after to_empty() does not start matrix as the constructor does",
     ResetsToAnotherSpread: "reset_parameters() after to_empty() does not start matrix as the constructor does",
+    BreaksTheGraph: "does not compile as one graph: ",
+    DiffersWhenCompiled: "the output differs when compiled",
 }

@@ -249,6 +249,18 @@ def _state(experts: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in named}
 
 
+def check_compiles(bench: _Bench) -> None:
+    """Compiles as one graph, hence reads nothing back to the host, and gives the same."""
+    experts, batch = bench.experts(), bench.batch(9)
+    torch.compiler.reset()
+    try:
+        found = torch.compile(experts, fullgraph=True, backend="eager")(*batch)
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise AssertionError(f"{bench.name}: does not compile as one graph: {first}; if so, compiles=False") from error
+    bench.expect(bench.close(found, experts(*batch)), "the output differs when compiled")
+
+
 CHECKS = (
     check_sum,
     check_unkept,
@@ -260,7 +272,12 @@ CHECKS = (
 
 
 def check_experts(
-    make: Callable[[], nn.Module], *, dim: int, top_k: int = 2, dtype: torch.dtype = torch.float32
+    make: Callable[[], nn.Module],
+    *,
+    dim: int,
+    top_k: int = 2,
+    dtype: torch.dtype = torch.float32,
+    compiles: bool = True,
 ) -> None:
     """Run every check on experts that `make` builds.
 
@@ -271,6 +288,7 @@ def check_experts(
         top_k: K; all E where there are fewer.
         dtype: in which pairs are compared, float32 or float64, where the experts can do that; only in float64 is the
             gradient of x compared with differences of the output.
+        compiles: False for experts that need not compile as one graph, since their kernel reads sizes on the host.
 
     Raises:
         AssertionError: the first contract that does not hold, with the name of the experts' class.
@@ -278,5 +296,5 @@ def check_experts(
     >>> from himoe import SwiGLUExperts
     >>> check_experts(lambda: SwiGLUExperts(4, 8, 16), dim=8)
     """
-    for check in CHECKS:
+    for check in (*CHECKS, check_compiles) if compiles else CHECKS:
         check(_Bench(make, dim, top_k, dtype))
