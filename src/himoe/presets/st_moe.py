@@ -82,4 +82,4 @@ def top_k_at_random(scores: Float[Tensor, "T E"], context: RouterContext, *, k: 
     return expert_ids, selected
 
 
-top_k_at_random.random = True
+top_k_at_random.random = True  # type: ignore[attr-defined]

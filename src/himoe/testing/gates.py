@@ -97,9 +97,8 @@ def check_gradients(bench: _Bench) -> None:
             bench.expect(moves or case != "tokens" or not trained, f"{case}: no gradient reaches any parameter")
             for name, parameter in [*trained.items(), ("the tokens", tokens)]:
                 grad = parameter.grad
-                anywhere = (
-                    start or case != "tokens" or parameter is tokens
-                )  # a last layer of zeros stops others' at first
+                # a last layer of zeros keeps the others' gradients at 0 at first
+                anywhere = start or case != "tokens" or parameter is tokens
                 reached = grad is not None and (anywhere or bool((grad != 0).any()))
                 bench.expect(reached, f"{case}: no gradient reaches {name}")
                 bench.expect(
