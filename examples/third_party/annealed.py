@@ -36,6 +36,7 @@ class AnnealedBias(Balancer):
         if rate < 0 or half < 1:
             raise ConfigError(f"annealed: rate = {rate} must be ≥ 0 and half = {half} at least 1")
         self.rate, self.half = rate, half
+        self.bias_step = rate  # the largest move: himoe warns where it is large beside the scores
         self.register_buffer("bias", torch.zeros(num_experts))
         self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
 

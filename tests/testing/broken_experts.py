@@ -196,6 +196,50 @@ class ResetsToAnotherSpread(Matrices):
         nn.init.normal_(self.matrix, std=0.1)
 
 
+class DetachesTheTokens(Matrices):
+    def real(self, x, kept):
+        return super().real(x, kept).detach()
+
+
+class HalvesTheGradientOfTheTokens(Matrices):
+    """Wrong in the gradient alone, by the same factor however many pairs there are."""
+
+    def real(self, x, kept):
+        x = super().real(x, kept)
+        return (x + x.detach()) / 2
+
+
+class LowRank(Matrices):
+    """Sound: a frozen matrix and the product of two that are trained, one of which starts at 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Parameter(torch.empty(E, 2, D)), nn.Parameter(torch.empty(E, D, 2))
+        self.matrix.requires_grad_(False)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        if hasattr(self, "up"):
+            nn.init.normal_(self.down)
+            nn.init.zeros_(self.up)
+
+    def add_up(self, x, expert_ids, weights):
+        change = torch.einsum("td,tkrd,tkcr,tk->tc", x, self.down[expert_ids], self.up[expert_ids], weights)
+        return super().add_up(x, expert_ids, weights) + change
+
+
+class BreaksTheGraph(Matrices):
+    def real(self, x, kept):
+        torch._dynamo.graph_break()
+        return super().real(x, kept)
+
+
+class DiffersWhenCompiled(Matrices):
+    def real(self, x, kept):
+        return super().real(-x if torch.compiler.is_compiling() else x, kept)
+
+
 BROKEN = {
     NoNumber: "num_experts must be a whole number ≥ 1, is None",
     NumberAsTensor: "num_experts must be a whole number ≥ 1, is tensor(3)",
@@ -214,6 +258,7 @@ BROKEN = {
     LetsPaddingIntoGradients: "what stands in the place of an unkept pair changes a gradient",
     TurnsTheTwelfthToken: "the order of the tokens changes their outputs",
     ScalesByTheLargest: "other tokens change a token's output",
+    DetachesTheTokens: "the output depends on x, and x has no gradient",
     SpareParameter: "parameter spare gets no finite gradient other than 0",
     CountsCalls: "a forward pass changed a parameter or buffer",
     ChangesItsInput: "a forward pass changed its input in place",
@@ -224,4 +269,6 @@ BROKEN = {
     NotSaved: "acts otherwise after save and load: unsaved state",
     CannotBeReset: "reset_parameters() after to_empty() does not start matrix as the constructor does",
     ResetsToAnotherSpread: "reset_parameters() after to_empty() does not start matrix as the constructor does",
+    BreaksTheGraph: "does not compile as one graph: ",
+    DiffersWhenCompiled: "the output differs when compiled",
 }

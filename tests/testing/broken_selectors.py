@@ -80,6 +80,22 @@ def draws_in_eval(scores, context):
     return sound(scores if context.training else scores * torch.rand(scores.shape), context)
 
 
+def draws_in_eval_too(scores, context):
+    return draws(scores, context)
+
+
+draws_in_eval_too.random = True
+
+
+def looks_ahead_and_draws(scores, context):
+    first = torch.rand(E) if context.training else torch.zeros(E)
+    real = scores if context.mask is None else scores.where(context.mask[:, None], 0)
+    return sound(scores + first - (real.sum(0) if context.training else 0), context)
+
+
+looks_ahead_and_draws.random = True
+
+
 def changes_its_scores(scores, context):
     return sound(scores.detach().mul_(2), context)
 
@@ -170,6 +186,8 @@ BROKEN = {
     overflows: "huge scores: an id is not between 0 and 7",
     draws: "the same scores give another choice the second time",
     draws_in_eval: "the same scores give another choice the second time",
+    draws_in_eval_too: "the same scores give another choice the second time",
+    looks_ahead_and_draws: "later tokens change the experts of earlier ones",
     changes_its_scores: "changed its scores in place",
     looks_at_gradients: "chooses otherwise where gradients are off",
     counts_padding: "padding changed the choice of real tokens",

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from broken_experts import BROKEN, D, Matrices
+from broken_experts import BROKEN, BreaksTheGraph, D, HalvesTheGradientOfTheTokens, LowRank, Matrices
 
 from himoe import registry
 from himoe.nn import ConstantExperts, CopyExperts, GELUExperts, PooledExperts, ReLU2Experts, SwiGLUExperts, ZeroExperts
@@ -65,8 +65,22 @@ def test_the_experts_that_the_broken_ones_break_are_sound(dtype):
     check_experts(Matrices, dim=D, dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_frozen_parameters_and_ones_that_start_at_zero_are_sound(dtype):
+    check_experts(LowRank, dim=D, dtype=dtype)
+
+
+def test_a_wrong_gradient_of_the_tokens_is_seen_in_fp64():
+    with pytest.raises(AssertionError, match="Tokens: the gradient of x is not the slope of the output"):
+        check_experts(HalvesTheGradientOfTheTokens, dim=D, dtype=torch.float64)
+
+
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)
 def test_broken_experts_are_caught_and_named(broken):
     with pytest.raises(AssertionError) as caught:
         check_experts(broken, dim=D)
-    assert str(caught.value) == f"{broken.__name__}: {BROKEN[broken]}"
+    assert str(caught.value).startswith(f"{broken.__name__}: {BROKEN[broken]}")
+
+
+def test_experts_that_need_not_compile():
+    check_experts(BreaksTheGraph, dim=D, compiles=False)

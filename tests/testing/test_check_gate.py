@@ -4,9 +4,10 @@ from functools import partial
 
 import pytest
 from broken_gates import BROKEN, Plain
+from torch import nn
 
 from himoe import registry
-from himoe.nn import CosineGate, NoisyGate
+from himoe.nn import CosineGate, Gate, NoisyGate
 from himoe.testing import check_gate
 
 
@@ -26,6 +27,26 @@ def test_options_conform(make):
 
 def test_the_gate_that_the_broken_ones_break_is_sound():
     check_gate(Plain)
+
+
+class Zeros(Gate):
+    def reset_parameters(self):
+        nn.init.zeros_(self.weight)
+
+
+class TwoLayers(nn.Module):
+    """Sound: its last layer starts at 0, so that at first the layer before has no gradient."""
+
+    def __init__(self, dim, num_experts):
+        super().__init__()
+        self.first, self.last = Gate(dim, 5), Zeros(5, num_experts)
+
+    def forward(self, x):
+        return self.last(self.first(x).tanh())
+
+
+def test_a_last_layer_that_starts_at_zero_is_sound():
+    check_gate(TwoLayers)
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)

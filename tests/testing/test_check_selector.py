@@ -20,6 +20,7 @@ from himoe.functional.selection import (
     top_k_per_group,
     top_p,
 )
+from himoe.presets.st_moe import top_k_at_random
 from himoe.testing import check_selector
 
 GIVEN = torch.randint(5, (1009, 3), generator=torch.Generator().manual_seed(0)) + torch.tensor([[0, 5, 10]])
@@ -68,6 +69,20 @@ def test_options_conform(selector):
 
 def test_the_selector_that_the_broken_ones_break_is_sound():
     check_selector(sound, num_experts=E)
+
+
+def test_a_selector_that_says_that_it_draws_is_sound():
+    check_selector(partial(top_k_at_random, k=3, threshold=0.4))
+
+
+def test_a_selector_that_needs_sequences_is_offered_them():
+    def by_sequence(scores, context):
+        rows, length = context.batch_shape
+        return sound(scores.view(rows, length, E).flatten(0, 1), context)
+
+    check_selector(by_sequence, num_experts=E, batch_dims=2)
+    with pytest.raises(AssertionError, match="not enough values to unpack"):
+        check_selector(by_sequence, num_experts=E)
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)

@@ -80,3 +80,6 @@ def top_k_at_random(scores: Float[Tensor, "T E"], context: RouterContext, *, k: 
         first = torch.arange(k, device=scores.device) == 0
         selected = first | (torch.rand_like(chosen) * threshold < chosen)
     return expert_ids, selected
+
+
+top_k_at_random.random = True  # type: ignore[attr-defined]

@@ -80,12 +80,16 @@ def _gradients(y: Tensor, wanted: list[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
 
 
+def _trained(experts: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in experts.named_parameters() if parameter.requires_grad}
+
+
 def _run(experts: nn.Module, batch: _Batch, how: Callable[..., Tensor] | None = None) -> list[Tensor]:
-    """Return y and the gradients of x, of the weights and of every parameter."""
+    """Return y and the gradients of x, of the weights and of every parameter that is not frozen."""
     x, weights = batch.x.clone().requires_grad_(), batch.weights.clone().requires_grad_()
     pairs = (x, batch.expert_ids.clone(), weights, batch.kept.clone())
     y = experts(*pairs) if how is None else how(experts, *pairs)
-    return [y.detach(), *_gradients(y, [x, weights, *experts.parameters()])]
+    return [y.detach(), *_gradients(y, [x, weights, *_trained(experts).values()])]
 
 
 def _pair_by_pair(experts: nn.Module, x: Tensor, expert_ids: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
@@ -121,7 +125,7 @@ def check_sum(bench: _Bench) -> None:
         experts = bench.experts()
         together, alone = _run(experts, batch), _run(experts, batch, _pair_by_pair)
         names = ["output", "gradient of x", "gradient of the weights"]
-        names += [f"gradient of {name}" for name, _ in experts.named_parameters()]
+        names += [f"gradient of {name}" for name in _trained(experts)]
         for name, value, expected in zip(names, together, alone, strict=True):
             bench.expect(bench.close(value, expected), f"{case}: the {name} is not that of one pair at a time")
 
@@ -163,10 +167,25 @@ def check_tokens(bench: _Bench) -> None:
 
 
 def check_training(bench: _Bench) -> None:
-    """Gradients reach every parameter, and a forward pass changes nothing but its result."""
+    """Gradients reach x and every parameter that is not frozen; a forward pass changes nothing but its result.
+
+    Of parameters away from their start, since a part may start at 0 and keep the gradient of another at 0 so far.
+    """
     experts, batch = bench.experts(), bench.batch(12 * bench.num_experts, kept=2.0)
-    names = [name for name, _ in experts.named_parameters()]
-    for name, grad in zip(names, _run(experts, batch)[3:], strict=True):
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.add_((0.1 * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype))
+    y, grad_x, _, *grads = _run(experts, batch)
+    h = 1e-6 if bench.dtype == torch.float64 else 1e-2
+    direction = torch.randn(batch.x.shape, generator=generator).to(bench.dtype)
+    up, down = (_run(experts, batch._replace(x=batch.x + step * direction))[0] for step in (h, -h))
+    upstream = torch.linspace(-1, 2, y.numel()).view_as(y).to(bench.dtype)
+    slope, expected = (grad_x * direction).sum(), ((up - down) * upstream).sum() / (2 * h)
+    bench.expect(not (up - down).any() or grad_x.any(), "the output depends on x, and x has no gradient")
+    near = (slope - expected).abs() <= 1e-4 * expected.abs().clamp(min=1)
+    bench.expect(bench.dtype != torch.float64 or near, "the gradient of x is not the slope of the output")
+    for name, grad in zip(_trained(experts), grads, strict=True):
         bench.expect(grad.isfinite().all() and grad.any(), f"parameter {name} gets no finite gradient other than 0")
     before, given = _state(experts), _Batch(*(part.clone() for part in batch))
     with torch.no_grad():
@@ -230,6 +249,18 @@ def _state(experts: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in named}
 
 
+def check_compiles(bench: _Bench) -> None:
+    """Compiles as one graph, hence reads nothing back to the host, and gives the same."""
+    experts, batch = bench.experts(), bench.batch(9)
+    torch.compiler.reset()
+    try:
+        found = torch.compile(experts, fullgraph=True, backend="eager")(*batch)
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise AssertionError(f"{bench.name}: does not compile as one graph: {first}; if so, compiles=False") from error
+    bench.expect(bench.close(found, experts(*batch)), "the output differs when compiled")
+
+
 CHECKS = (
     check_sum,
     check_unkept,
@@ -241,16 +272,23 @@ CHECKS = (
 
 
 def check_experts(
-    make: Callable[[], nn.Module], *, dim: int, top_k: int = 2, dtype: torch.dtype = torch.float32
+    make: Callable[[], nn.Module],
+    *,
+    dim: int,
+    top_k: int = 2,
+    dtype: torch.dtype = torch.float32,
+    compiles: bool = True,
 ) -> None:
     """Run every check on experts that `make` builds.
 
     Args:
         make: no arguments → fresh experts of width `dim`, drawn from torch's global random numbers. They say their
-            number as `num_experts`.
+            number as `num_experts`, and have no dropout, or are in eval mode: they are called in the mode they have.
         dim: D.
         top_k: K; all E where there are fewer.
-        dtype: in which pairs are compared, float32 or float64, where the experts can do that.
+        dtype: in which pairs are compared, float32 or float64, where the experts can do that; only in float64 is the
+            gradient of x compared with differences of the output.
+        compiles: False for experts that need not compile as one graph, since their kernel reads sizes on the host.
 
     Raises:
         AssertionError: the first contract that does not hold, with the name of the experts' class.
@@ -258,5 +296,5 @@ def check_experts(
     >>> from himoe import SwiGLUExperts
     >>> check_experts(lambda: SwiGLUExperts(4, 8, 16), dim=8)
     """
-    for check in CHECKS:
+    for check in (*CHECKS, check_compiles) if compiles else CHECKS:
         check(_Bench(make, dim, top_k, dtype))

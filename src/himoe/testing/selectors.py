@@ -4,6 +4,7 @@ Each check is a function below; together they are the contract of `himoe.functio
 """
 
 from collections.abc import Callable
+from itertools import count as count_up
 
 import torch
 from torch import Tensor
@@ -18,10 +19,22 @@ TOKENS = 23
 class _Bench:
     """A selector, and scores to choose from."""
 
-    def __init__(self, selector: Selector, num_experts: int) -> None:
-        self.selector, self.num_experts = selector, num_experts
+    def __init__(self, selector: Selector, num_experts: int, batch_dims: int = 1) -> None:
+        self.unseeded, self.num_experts, self.batch_dims = selector, num_experts, batch_dims
         self.function = getattr(selector, "func", selector)
+        self._turn = count_up()  # in eval every call has other random numbers, and must not care
+        self.random = self.claims("random", False)
+        # where other tokens stand, other numbers are drawn for a token
+        self.modes_that_compare = (False,) if self.random else (True, False)
         self.name = getattr(self.function, "__name__", type(self.function).__name__)
+
+    def selector(self, scores: Tensor, context: RouterContext) -> tuple[Tensor, Tensor]:
+        """Choose; from the same random numbers every time, if the selector says that it draws some."""
+        if not self.random:
+            return self.unseeded(scores, context)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0 if context.training else int(scores.numel()) + next(self._turn))
+            return self.unseeded(scores, context)
 
     def scores(self, count: int = TOKENS, seed: int = 0, skew: float = 1.0) -> Tensor:
         """Softmax scores that favour the later experts."""
@@ -33,7 +46,8 @@ class _Bench:
         self, count: int = TOKENS, *, training: bool = True, mask: Tensor | None = None, token_ids: Tensor | None = None
     ) -> RouterContext:
         ids = torch.arange(count) * 7 % 1009 if token_ids is None else token_ids
-        return RouterContext(mask=mask, batch_shape=(count,), token_ids=ids, training=training)
+        shape = (1,) * (self.batch_dims - 1) + (count,)
+        return RouterContext(mask=mask, batch_shape=shape, token_ids=ids, training=training)
 
     def claims(self, attribute: str, default: bool) -> bool:
         return getattr(self.function, attribute, default)
@@ -110,7 +124,10 @@ def check_extremes(bench: _Bench) -> None:
 
 
 def check_pure(bench: _Bench) -> None:
-    """The same input gives the same choice, whatever the random generator; the scores are left alone."""
+    """The same input gives the same choice; the scores are left alone.
+
+    Whatever the random generator, or where `random = True` admits that it draws in training, from the same numbers.
+    """
     for training in (True, False):
         scores, context = bench.scores(), bench.context(training=training)
         before = scores.clone()
@@ -135,7 +152,7 @@ def check_padding(bench: _Bench) -> None:
         mask[place : place + 6] = False
         padded, ids = torch.full((TOKENS + 6, bench.num_experts), 50.0), torch.zeros(TOKENS + 6, dtype=torch.int64)
         padded[mask], ids[mask] = real, bench.context().token_ids  # type: ignore[assignment]
-        for training in (True, False):
+        for training in bench.modes_that_compare:
             alone = _choice(bench.selector(real, bench.context(training=training)))
             context = bench.context(TOKENS + 6, mask=mask, token_ids=ids, training=training)
             among = _choice(bench.selector(padded, context))[mask]
@@ -174,7 +191,7 @@ def check_claims(bench: _Bench) -> None:
             f"balances_load = True, but MaxVio is {found:.2f} where the best {each} give {plain:.2f}",
         )
     if (rule := getattr(bench.function, "wanted", None)) is not None:
-        options = {name: value for name, value in getattr(bench.selector, "keywords", {}).items() if name != "max_k"}
+        options = {name: value for name, value in getattr(bench.unseeded, "keywords", {}).items() if name != "max_k"}
         wanted, chosen = rule(scores, context, **options), torch.zeros_like(scores, dtype=torch.bool)
         chosen.scatter_(-1, expert_ids, selected)
         bench.expect(not bool((chosen & ~wanted).any()), "selected an expert that wanted() does not name")
@@ -186,14 +203,15 @@ def check_claims(bench: _Bench) -> None:
 
 def check_compiles(bench: _Bench) -> None:
     """Compiles as one graph, hence reads nothing back to the host, and chooses the same."""
+    select = bench.unseeded
 
     def choose(scores: Tensor, mask: Tensor, ids: Tensor, training: bool) -> tuple[Tensor, Tensor]:
-        return bench.selector(scores, bench.context(TOKENS, mask=mask, token_ids=ids, training=training))
+        return select(scores, bench.context(TOKENS, mask=mask, token_ids=ids, training=training))
 
     mask, ids = torch.arange(TOKENS) % 5 != 0, torch.arange(TOKENS)
     torch.compiler.reset()
     compiled = torch.compile(choose, fullgraph=True, backend="eager")
-    for training in (True, False):
+    for training in bench.modes_that_compare:
         eager = _choice(choose(bench.scores(), mask, ids, training))
         try:
             found = _choice(compiled(bench.scores(), mask, ids, training))
@@ -214,13 +232,15 @@ CHECKS = (
 )
 
 
-def check_selector(selector: Selector, *, num_experts: int = 8) -> None:
+def check_selector(selector: Selector, *, num_experts: int = 8, batch_dims: int = 1) -> None:
     """Run every check on a selector whose options are bound.
 
     Args:
         selector: (scores (T, E), context) → (expert_ids (T, K), selected (T, K)). The context has token ids. What the
-            function says of itself (`causal`, `balances_load`, `wanted`) is checked too.
+            function says of itself (`causal`, `balances_load`, `wanted`) is checked too. One that draws random numbers
+            in training says `random = True`; in eval none may.
         num_experts: E, at least 4.
+        batch_dims: 1 for a `context.batch_shape` (T,), 2 for (1, T), for a selector that needs to know sequences.
 
     Raises:
         AssertionError: the first contract that does not hold, with the selector's name.
@@ -230,4 +250,4 @@ def check_selector(selector: Selector, *, num_experts: int = 8) -> None:
     >>> check_selector(partial(top_k, k=2))
     """
     for check in CHECKS:
-        check(_Bench(selector, num_experts))
+        check(_Bench(selector, num_experts, batch_dims))

@@ -4,8 +4,9 @@
 whichever way `topk` breaks them: do not rely on it, and save the routing wherever it could be computed twice.
 
 What a selector says of itself stands in attributes of its function: `causal = False` where a later token can change an
-earlier one's experts, `balances_load = True` where experts get equal load whatever the scores are, and
-`wanted(scores, context, **options) → (T, E) bool` where `max_k` may cut off experts that the rule asks for.
+earlier one's experts, `random = True` where random numbers decide in training, `balances_load = True` where experts
+get equal load whatever the scores are, and `wanted(scores, context, **options) → (T, E) bool` where `max_k` may
+cut off experts that the rule asks for.
 """
 
 from himoe.functional.selection.base import Selection, check_top_k
