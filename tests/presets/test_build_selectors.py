@@ -96,6 +96,23 @@ def test_softmax_per_group_gets_the_groups_and_how_many_are_taken_from_each():
         config(**spelled("top_k", score="softmax_per_group"))
 
 
+def test_weights_are_divided_by_their_sum_where_the_authors_do_so():
+    grouped = {"score": "softmax_per_group", "top_k_per_group": [1, 1, 1, 1]}
+    for moe in (spelled("threshold", score="relu"), spelled("top_p"), spelled("top_k_per_group", **grouped)):
+        assert not router(**moe).renormalize and router(**moe, renormalize=True).renormalize
+    assert router(**spelled("top_k", score="softmax_over_selected")).renormalize
+    with pytest.warns(HimoeWarning, match="moe.score 'softmax_over_selected' with moe.top_k = 1: every weight is 1"):
+        assert router(**spelled("top_k", score="softmax_over_selected", top_k=1)).renormalize
+
+
+def test_a_capacity_that_can_never_be_reached_is_told():
+    with pytest.warns(
+        HimoeWarning, match=r"moe.capacity_factor = 1 with up to 8 of 8 experts a token: .* never dropped"
+    ):
+        build_model(config(**spelled("top_p", capacity_factor=1.0)), vocab_size=50)
+    build_model(config(**spelled("top_p", capacity_factor=1.0, selector_options={"max_k": 2})), vocab_size=50)
+
+
 def test_gates_are_named_and_take_options():
     built = router(**spelled("top_k", gate="noisy", gate_options={"noise_floor": 0.5}))
     assert isinstance(built.gate, NoisyGate) and built.gate.noise_floor == 0.5

@@ -88,6 +88,14 @@ def build_moe(moe: MoEConfig, dim: int) -> MoE:
     if shared is not None and moe.shared_gate:
         shared = GatedNetwork(shared, dim)
     layer = MoE(build_router(moe, dim), experts, dispatcher=dispatcher, shared_expert=shared)
+    if moe.capacity_factor is not None and layer.router.top_k * moe.capacity_factor >= moe.num_experts:
+        warnings.warn(
+            f"moe.capacity_factor = {moe.capacity_factor:g} with up to {layer.router.top_k} of {moe.num_experts} experts "
+            "a token: every expert has a place for every token, so nothing is ever dropped; lower it, or set max_k in "
+            "moe.selector_options",
+            HimoeWarning,
+            stacklevel=2,
+        )
     if own := [kind for kind in (moe.experts, *(pool.experts for pool in moe.pools or [])) if kind and ":" in kind]:
         try_out(layer, f"moe.experts {', '.join(map(repr, own))}", dim)
     return layer

@@ -29,7 +29,7 @@ def build_router(moe: MoEConfig, dim: int) -> Router:
         num_experts=moe.num_experts,
         score=score,
         balancer=balancer,
-        renormalize=moe.top_k > 1 if moe.renormalize is None else moe.renormalize,
+        renormalize=_renormalizes(moe, selector, score),
     )
     parts = {"moe.gate": moe.gate, "moe.score": moe.score, "moe.selector": moe.selector}
     if own := [f"{key} {name!r}" for key, name in parts.items() if ":" in name]:
@@ -38,21 +38,31 @@ def build_router(moe: MoEConfig, dim: int) -> Router:
         construct(lambda: router.top_k, f"moe.selector {moe.selector!r}")  # chooses once: options that do not fit show
     _refuse_what_needs_noise(router, "set")
     check_guards(balancer, top_k=moe.top_k, score=score, num_experts=moe.num_experts, force=moe.force)
-    _warn_of_what_cannot_learn(moe, selector, balancer)
+    _warn_of_what_cannot_learn(moe, router)
     return router
 
 
-def _warn_of_what_cannot_learn(moe: MoEConfig, selector: Callable[..., Any], balancer: Balancer) -> None:
-    parts = [part for part in balancer.modules() if isinstance(part, Balancer)]
-    if not any(getattr(part, "balances_load", False) for part in (getattr(selector, "func", selector), *parts)):
+def _renormalizes(moe: MoEConfig, selector: Callable[..., Any], score: Callable[..., Any]) -> bool:
+    """Return what the configuration says, else what score or selector were published with, else whether K > 1."""
+    if moe.renormalize is not None:
+        return moe.renormalize
+    published = (getattr(getattr(part, "func", part), "renormalize", None) for part in (score, selector))
+    return next((stated for stated in published if stated is not None), moe.top_k > 1)
+
+
+def _warn_of_what_cannot_learn(moe: MoEConfig, router: Router) -> None:
+    selector = getattr(router.selector, "func", router.selector)
+    parts = [part for part in router.balancer.modules() if isinstance(part, Balancer)]
+    if not any(getattr(part, "balances_load", False) for part in (selector, *parts)):
         warnings.warn(
             "moe.selector without moe.balancers that balance load: nothing keeps the experts evenly used",
             HimoeWarning,
             stacklevel=3,
         )
-    if moe.renormalize and moe.top_k == 1:
+    if router.renormalize and moe.top_k == 1:
+        cause = "moe.renormalize = true" if moe.renormalize else f"moe.score {moe.score!r}"
         warnings.warn(
-            "moe.renormalize = true with moe.top_k = 1: every weight is 1, so the gate learns nothing from the task; "
+            f"{cause} with moe.top_k = 1: every weight is 1, so the gate learns nothing from the task; "
             "leave it out, or raise moe.top_k",
             HimoeWarning,
             stacklevel=3,

@@ -217,8 +217,8 @@ class MoEConfig(BaseModel):
     )
     renormalize: bool | None = Field(
         default=None,
-        description="Divide the weights of a token's experts by their sum. None: as the preset has it, "
-        "else true where `moe.top_k` is above 1, since a single weight would always be 1",
+        description="Divide the weights of a token's experts by their sum. None: as preset, score or selector "
+        "were published, else true where `moe.top_k` is above 1, since a single weight would always be 1",
     )
     capacity_factor: float | None = Field(
         default=None,

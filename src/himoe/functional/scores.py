@@ -1,6 +1,9 @@
 """Score functions: `logits → scores`, what the combine weights are made of.
 
 Scores are not negative. `relu` alone can be exactly 0; whoever takes a logarithm of scores clamps them first.
+
+A function whose authors do, or do not, divide a token's weights by their sum says so in its attribute `renormalize`,
+which a configuration follows unless it says otherwise.
 """
 
 import operator
@@ -67,3 +70,8 @@ def softmax_per_group(
         raise ConfigError(f"softmax_per_group: k = {k} must give each group 1 to its size, sizes {groups.sizes}")
     share = logits.new_tensor(per_group) / sum(per_group)
     return (logits - groups.expand(groups.log_sum(logits))).exp() * groups.expand(share)
+
+
+relu.renormalize = False  # type: ignore[attr-defined]
+softmax_over_selected.renormalize = True  # type: ignore[attr-defined]
+softmax_per_group.renormalize = False  # type: ignore[attr-defined]

@@ -5,7 +5,8 @@ whichever way `topk` breaks them: do not rely on it, and save the routing wherev
 
 What a selector says of itself stands in attributes of its function: `causal = False` where a later token can change an
 earlier one's experts, `random = True` where random numbers decide in training, `balances_load = True` where experts
-get equal load whatever the scores are, and `wanted(scores, context, **options) → (T, E) bool` where `max_k` may
+get equal load whatever the scores are, `renormalize` where its authors do or do not divide a token's weights by their
+sum, and `wanted(scores, context, **options) → (T, E) bool` where `max_k` may
 cut off experts that the rule asks for.
 """
 

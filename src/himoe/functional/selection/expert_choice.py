@@ -66,3 +66,4 @@ def wanted(
 expert_choice.wanted = wanted  # type: ignore[attr-defined]
 expert_choice.causal = False  # type: ignore[attr-defined]
 expert_choice.balances_load = True  # type: ignore[attr-defined]
+expert_choice.renormalize = False  # type: ignore[attr-defined]  # probabilities as they are
