@@ -20,6 +20,7 @@ BALANCERS = {
     "phi": "himoe.balance.phi:Phi",
     "similarity": "himoe.balance.similarity:Similarity",
     "z_loss": "himoe.balance.z_loss:ZLoss",
+    "local_entropy": "himoe.balance.local_entropy:LocalEntropy",
     "loss_free": "himoe.balance.loss_free:LossFree",
     "momentum": "himoe.balance.momentum:Momentum",
     "quantile": "himoe.balance.quantile:Quantile",
