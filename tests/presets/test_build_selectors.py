@@ -107,7 +107,7 @@ def test_weights_are_divided_by_their_sum_where_the_authors_do_so():
 
 def test_a_capacity_that_can_never_be_reached_is_told():
     with pytest.warns(
-        HimoeWarning, match=r"moe.capacity_factor = 1 with up to 8 of 8 experts a token: .* never dropped"
+        HimoeWarning, match=r"moe.capacity_factor = 1 with up to 8 of 8 experts a token: .* nothing is ever dropped"
     ):
         build_model(config(**spelled("top_p", capacity_factor=1.0)), vocab_size=50)
     build_model(config(**spelled("top_p", capacity_factor=1.0, selector_options={"max_k": 2})), vocab_size=50)

@@ -90,9 +90,9 @@ def build_moe(moe: MoEConfig, dim: int) -> MoE:
     layer = MoE(build_router(moe, dim), experts, dispatcher=dispatcher, shared_expert=shared)
     if moe.capacity_factor is not None and layer.router.top_k * moe.capacity_factor >= moe.num_experts:
         warnings.warn(
-            f"moe.capacity_factor = {moe.capacity_factor:g} with up to {layer.router.top_k} of {moe.num_experts} experts "
-            "a token: every expert has a place for every token, so nothing is ever dropped; lower it, or set max_k in "
-            "moe.selector_options",
+            f"moe.capacity_factor = {moe.capacity_factor:g} with up to {layer.router.top_k} of {moe.num_experts} "
+            "experts a token: every expert has a place for every token, so nothing is ever dropped; lower it, or set "
+            "max_k in moe.selector_options",
             HimoeWarning,
             stacklevel=2,
         )
