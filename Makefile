@@ -21,14 +21,14 @@ test: $(READY)   ## prove the layer, the data, the trainer and the command line
 	$(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 check: $(READY)  ## static checks: style, types, the import rule
-	$(BIN)/ruff format --check src tests
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests examples
+	$(BIN)/ruff check src tests examples
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
 fmt: $(READY)
-	$(BIN)/ruff format src tests
-	$(BIN)/ruff check --fix src tests
+	$(BIN)/ruff format src tests examples
+	$(BIN)/ruff check --fix src tests examples
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .coverage .hypothesis

@@ -42,6 +42,8 @@ class LoadedRun:
 def load_run(run: Path, checkpoint: str | None = None, *, ema: bool = True) -> LoadedRun:
     """Load the model of a run folder, in eval mode. No random generator moves.
 
+    One that is not causal is loaded with a warning, whoever allowed it: it has been trained.
+
     Args:
         run: the run folder.
         checkpoint: as for `open_checkpoint`: "last" or None, "best", or a step.
@@ -53,7 +55,8 @@ def load_run(run: Path, checkpoint: str | None = None, *, ema: bool = True) -> L
     saved = open_checkpoint(run, checkpoint, average=ema)
     tokenizer = load_tokenizer(run / "tokenizer.json")
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # building seeds all of them
-        model = build_model(config, tokenizer.vocab_size)
+        allowed = config.model_copy(update={"moe": config.moe.model_copy(update={"allow_non_causal": True})})
+        model = build_model(allowed, tokenizer.vocab_size)
     load_model_tensors(model, saved.averaged_model, saved.path)
     weights = "trained" if saved.average is None else "averaged"
     return LoadedRun(config, tokenizer, model.to(best_device()).eval(), saved.path, saved.state["step"], weights)

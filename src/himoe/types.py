@@ -23,6 +23,8 @@ class RouterContext:
         batch_shape: the leading shape of the layer's input, usually (B, S); its product is T.
         token_ids: (T,) vocabulary ids, where the model passes them on.
         gate_weight: (E, D) the gate's matrix, None for a gate that has none.
+        noise: (T, E) what a noisy gate adds to the logits before they are adjusted; None in eval and for other gates.
+        noise_std: (T, E) the standard deviation that `noise` was drawn with.
         training: the layer's mode at this call.
     """
 
@@ -30,6 +32,8 @@ class RouterContext:
     batch_shape: tuple[int, ...] = ()
     token_ids: Int[Tensor, " T"] | None = None
     gate_weight: Float[Tensor, "E D"] | None = None
+    noise: Float[Tensor, "T E"] | None = None
+    noise_std: Float[Tensor, "T E"] | None = None
     training: bool = False
 
 
@@ -46,6 +50,8 @@ class Routing:
         selected: (T, K) chosen by the selector; False on padding and unused places. Losses and controllers use these.
         kept: (T, K) selected and not dropped by a capacity limit. These pairs are computed.
         context: what the router was told.
+        step_counts: (E,) int64 selected pairs of this layer over all ranks and the micro-batches of the optimizer step
+            so far, this one included; `aux_losses` fills it in for the balancers that ask for it.
     """
 
     logits: Float[Tensor, "T E"]
@@ -55,6 +61,7 @@ class Routing:
     selected: Bool[Tensor, "T K"]
     kept: Bool[Tensor, "T K"]
     context: RouterContext
+    step_counts: Int[Tensor, " E"] | None = None
 
     @property
     def num_experts(self) -> int:

@@ -8,19 +8,33 @@ import torch
 from torch import nn
 
 from himoe import Balancer, Gate, Router, presets, registry
-from himoe.balance import LogitCorrection, LossFree, TwoLevelTerms, step_balancers
+from himoe.balance import Load, LogitCorrection, LossFree, Similarity, TwoLevelTerms, step_balancers
 from himoe.functional import losses, stats
 from himoe.functional.groups import Groups
 from himoe.functional.scores import sigmoid, softmax
 from himoe.functional.selection import top_k
+from himoe.nn import NoisyGate
 
 E, K, D = 8, 2, 6
 
 
-def skewed_router(balancer: Balancer, score=softmax) -> Router:
-    """A gate that prefers the first experts for every token."""
+def above_zero(scores, context):
+    """Every expert of positive score."""
+    return torch.arange(scores.shape[1]).expand_as(scores), scores > 0
+
+
+class NeedsNoise(Balancer):
+    """Does nothing, on a noisy gate."""
+
+    needs_noise = True
+
+
+def skewed_router(balancer: Balancer, score=softmax, selector=None) -> Router:
+    """A gate that prefers the first experts for every token; noisy where the balancer needs it."""
     torch.manual_seed(0)
-    router = Router(Gate(D, E), partial(top_k, k=K), num_experts=E, score=score, balancer=balancer)
+    gate = NoisyGate if any(getattr(part, "needs_noise", False) for part in balancer.modules()) else Gate
+    selector = selector or partial(top_k, k=K)
+    router = Router(gate(D, E), selector, num_experts=E, score=score, balancer=balancer)
     with torch.no_grad():
         router.gate.weight[:, 0] += torch.linspace(1.5, -1.5, E)
     return router
@@ -35,12 +49,13 @@ def batch(seed: int, count: int = 128):
 
 @torch.no_grad()
 def max_vio(router: Router) -> float:
+    """Of the router in its mode: a noisy gate chooses otherwise in eval."""
     return stats.max_vio(stats.load(router(batch(999, 2048)))).item()
 
 
 def train(router: Router, steps: int = 200) -> float:
-    """Descend on a task and the balancer's losses; return MaxVio after over MaxVio before."""
-    before = max_vio(router)
+    """Descend on a task and the balancer's losses; return MaxVio after over that of the fresh gate's best K experts."""
+    before = max_vio(skewed_router(Balancer(), router.score))
     values, target = torch.linspace(-1, 1, E), torch.randn(D, generator=torch.Generator().manual_seed(1))
     optimizer = torch.optim.SGD(router.parameters(), lr=0.5)
     for step in range(steps):
@@ -58,30 +73,43 @@ def train(router: Router, steps: int = 200) -> float:
     return max_vio(router) / before
 
 
-OPTIONS = {"switch": {"weight": 0.3}, "sequence": {"weight": 0.3}, "loss_free": {"rate": 0.01}}
+OPTIONS = {
+    "switch": {"weight": 0.3},
+    "sequence": {"weight": 0.3},
+    "global_batch": {"weight": 0.3},
+    "importance": {"weight": 1.0},
+    "load": {"weight": 0.1},
+    "phi": {"weight": 1.0},
+    "loss_free": {"rate": 0.01},
+    "momentum": {"rate": 0.01},
+}
+SELECTORS = {"expert_threshold": above_zero}
 
 
 def make(name: str) -> Balancer:
     constructor = registry.load("balancers", name)
     needed = {
         key: value
-        for key, value in {"num_experts": E, "groups": 4}.items()
+        for key, value in {"num_experts": E, "groups": 4, "top_k": K}.items()
         if key in inspect.signature(constructor).parameters
     }
-    return constructor(**needed, **OPTIONS.get(name, {}))
+    return constructor(**needed | OPTIONS.get(name, {}))
 
 
 BALANCING = [name for name in registry.BALANCERS if registry.load("balancers", name).balances_load]
 
 
 def test_the_table_has_strategies_that_claim_to_balance():
-    assert {"switch", "loss_free"} <= set(BALANCING)
+    assert {"switch", "loss_free", "momentum", "quantile", "expert_threshold"} <= set(BALANCING)
 
 
 @pytest.mark.parametrize("score", [softmax, sigmoid])
 @pytest.mark.parametrize("name", BALANCING)
 def test_every_strategy_that_claims_to_balance_halves_max_vio(name, score):
-    assert train(skewed_router(make(name), score)) < 0.5
+    router = skewed_router(make(name), score, SELECTORS.get(name))
+    assert train(router) < 0.5
+    with torch.no_grad():
+        assert router(batch(999, 2048)).selected.sum(-1).double().mean() == pytest.approx(K, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -98,9 +126,22 @@ def test_every_variant_of_loss_free_halves_max_vio(options):
     assert train(skewed_router(LossFree(E, **options), sigmoid)) < 0.5
 
 
+def test_load_evens_the_noisy_choice_of_training_and_less_so_the_choice_without_noise():
+    router = skewed_router(Load(weight=0.3))
+    before = max_vio(router.eval())
+    assert train(router.train()) < 0.1
+    assert max_vio(router.eval()) > 0.5 * before
+
+
+def test_rows_of_the_gate_that_are_kept_apart_do_not_balance_by_themselves():
+    for score in (softmax, sigmoid):
+        assert train(skewed_router(Similarity(weight=1.0), score)) > 0.7
+
+
 def test_no_balancing_does_not():
     for score in (softmax, sigmoid):
         assert train(skewed_router(Balancer(), score)) > 0.7
+        assert train(skewed_router(NeedsNoise(), score)) > 0.7
 
 
 def test_the_inter_term_evens_the_group_masses_and_the_correction_evens_the_mean_logits():

@@ -175,30 +175,3 @@ def test_the_gate_gets_the_gradient_of_its_logits_times_the_tokens():
     (found,) = torch.autograd.grad(terms.losses(routing)["inter"], gate.weight)
     expected = (0.7 * d_inter_dense(logits.softmax(-1), EQUAL, None) / T).T @ x
     assert torch.allclose(found, expected, rtol=0, atol=1e-13)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda weight: Switch(weight=weight),
-        lambda weight: ZLoss(weight=weight),
-        lambda weight: TwoLevelTerms(E, EQUAL, lambda_intra=weight, lambda_inter=0.0),
-        lambda weight: TwoLevelTerms(E, EQUAL, lambda_intra=0.0, lambda_inter=weight),
-    ],
-    ids=["switch", "z_loss", "intra", "inter"],
-)
-def test_the_gradient_is_linear_in_the_coefficient(make):
-    logits = random_logits(10, T, E)
-    once, thrice, none = (
-        gradient(Chain(make(weight), ZLoss(weight=0.0)), logits, groups=EQUAL) for weight in (0.1, 0.3, 0)
-    )
-    assert torch.allclose(thrice, 3 * once, rtol=1e-6, atol=0)
-    assert once.abs().max() > 1e-5 and none.abs().max() == 0
-
-
-def test_padding_has_no_gradient_and_takes_none():
-    logits, mask = random_logits(11, T, E), torch.arange(T) < 7
-    for balancer in (Switch(weight=1.0), ZLoss(), TwoLevelTerms(E, EQUAL), TwoLevelTerms(E, EQUAL, inter="group_load")):
-        found = gradient(balancer, logits, groups=EQUAL, mask=mask)
-        assert found[7:].abs().max() == 0
-        assert torch.allclose(found[:7], gradient(balancer, logits[:7], groups=EQUAL), rtol=1e-7, atol=1e-12)

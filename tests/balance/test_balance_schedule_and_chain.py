@@ -4,9 +4,24 @@ import pytest
 import torch
 from free_router import choices, one_step, random_logits, route
 
-from himoe.balance import Balancer, Chain, LogitCorrection, LossFree, Schedule, Switch, TwoLevelTerms, ZLoss
+from himoe.balance import (
+    Balancer,
+    Chain,
+    ExpertThreshold,
+    LogitCorrection,
+    LossFree,
+    Momentum,
+    PerGroup,
+    Quantile,
+    ReluSparsity,
+    Schedule,
+    Switch,
+    TwoLevelTerms,
+    ZLoss,
+)
 from himoe.balance.base import step_balancers
 from himoe.errors import ConfigError
+from himoe.functional.groups import Groups
 
 E, G = 8, 4
 
@@ -61,7 +76,7 @@ def test_micro_batches_do_not_advance_a_schedule():
 def test_a_schedule_leaves_every_other_hook_in_force():
     plain = Chain(LogitCorrection(E, tau=2.0, beta=0.0), LossFree(E, rate=0.3))
     inner = Chain(LogitCorrection(E, tau=2.0, beta=0.0), LossFree(E, rate=0.3))
-    schedule = Schedule(inner, "two_stage", steps=5)
+    schedule = Schedule(inner, "off_after", steps=5)
     for balancer in (plain, schedule):
         one_step(balancer, routing(1))
     logits = random_logits(2, 12, E)
@@ -90,6 +105,113 @@ def test_a_schedule_resumes_from_its_saved_step():
 def test_wrong_schedules(kind, steps, text):
     with pytest.raises(ConfigError, match=text):
         Schedule(terms(), kind, steps=steps)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"scales": "rates"}, "schedule warmup: scales = 'rates' must be one of losses, moves"),
+        ({"scales": "moves", "only": ("intra",)}, "leave it out with scales = 'moves'"),
+    ],
+)
+def test_wrong_scales(options, text):
+    with pytest.raises(ConfigError, match=text):
+        Schedule(terms(), "warmup", steps=1, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "scales"),
+    [
+        (Switch, "losses"),
+        (lambda: LossFree(E), "moves"),
+        (lambda: Chain(LossFree(E), Switch()), "losses"),
+        (lambda: Chain(LossFree(E)), "moves"),
+        (lambda: PerGroup(Groups.equal(E, G), [LossFree(2) for _ in range(G)]), "moves"),
+        (lambda: Schedule(LossFree(E), "warmup", steps=3), "moves"),
+        (lambda: ReluSparsity(E, 2), "losses"),
+    ],
+)
+def test_a_schedule_scales_what_its_balancer_has(make, scales):
+    assert Schedule(make(), "off_after", steps=5).scales == scales
+
+
+@pytest.mark.parametrize(
+    ("make", "scales", "text"),
+    [
+        (lambda: LossFree(E), "losses", "LossFree has no losses to scale; it has moves, so give scales = 'moves'$"),
+        (
+            lambda: PerGroup(Groups.equal(E, G), [LossFree(2) for _ in range(G)]),
+            "losses",
+            "PerGroup has no losses to scale; ",
+        ),
+        (Switch, "moves", "Switch has no moves to scale; it has losses, so give scales = 'losses'$"),
+        (Chain, None, "schedule off_after: scales = 'moves', but Chain has no moves to scale$"),
+        (lambda: Schedule(Switch(), "warmup", steps=3), "moves", "Schedule has no moves to scale; "),
+    ],
+)
+def test_a_schedule_with_nothing_to_scale_is_refused(make, scales, text):
+    with pytest.raises(ConfigError, match=text):
+        Schedule(make(), "off_after", steps=5, scales=scales)
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps", "expected"),
+    [
+        ("warmup", 4, [0, 0.25, 0.5, 0.75, 1, 1]),
+        ("two_stage", 3, [0, 0, 0, 1, 1, 1]),
+        ("off_after", 2, [1, 1, 0, 0, 0, 0]),
+    ],
+)
+def test_the_moves_of_every_step(kind, steps, expected):
+    schedule, moves = Schedule(LossFree(2, rate=0.5), kind, steps=steps, scales="moves"), []
+    for _ in range(6):
+        before = schedule.balancer.bias.clone()
+        one_step(schedule, choices([[0]], 2))
+        moves.append((schedule.balancer.bias - before).tolist())
+    assert moves == [[-0.5 * factor, 0.5 * factor] for factor in expected]
+
+
+CONTROLLERS = {
+    "loss_free": lambda: LossFree(E, rate=0.1, update="rms"),
+    "momentum": lambda: Momentum(E, rate=0.1),
+    "quantile": lambda: Quantile(E, 4, selection_groups=G),
+    "expert_threshold": lambda: ExpertThreshold(E, 2, start=0.1),
+    "logit_correction": lambda: LogitCorrection(E, tau=0.5),
+}
+
+
+@pytest.mark.parametrize("name", CONTROLLERS)
+def test_any_controller_moves_as_without_a_schedule_until_it_is_off_and_then_stands_still(name):
+    plain, scheduled = CONTROLLERS[name](), Schedule(CONTROLLERS[name](), "off_after", steps=3, scales="moves")
+    states = []
+    for step in range(5):
+        batch = route(random_logits(step, 30, E), 1, groups=G)
+        for balancer in (plain, scheduled):
+            one_step(balancer, batch)
+        floats = {n: b.clone() for n, b in scheduled.balancer.named_buffers() if b.is_floating_point()}
+        states.append(floats)
+        if step < 3:
+            assert all(torch.equal(b, dict(plain.named_buffers())[n]) for n, b in floats.items())
+    assert any(not torch.equal(states[1][n], states[2][n]) for n in states[0])
+    assert all(torch.equal(states[2][n], states[4][n]) for n in states[0])
+
+
+def test_counters_move_as_they_are():
+    scheduled = Schedule(ExpertThreshold(E, 2), "off_after", steps=1, scales="moves")
+    for seed in range(3):
+        one_step(scheduled, routing(seed))
+    assert scheduled.balancer.num_steps.item() == 3 and scheduled.num_steps.item() == 3
+
+
+def test_scaled_moves_leave_the_losses_alone_and_scaled_losses_the_moves():
+    moves = Schedule(Chain(Switch(), LossFree(E)), "two_stage", steps=9, scales="moves")
+    losses = Schedule(Chain(Switch(), LossFree(E)), "two_stage", steps=9)
+    assert moves.losses(routing())["load_balance"].item() == Switch().losses(routing())["load_balance"].item()
+    assert losses.losses(routing())["load_balance"].item() == 0
+    for schedule in (moves, losses):
+        one_step(schedule, routing())
+    assert not moves.balancer.parts[1].bias.any()
+    assert losses.balancer.parts[1].bias.any()
 
 
 def test_an_empty_chain_does_nothing():

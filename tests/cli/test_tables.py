@@ -93,7 +93,8 @@ def test_recipes_stand_under_the_one_that_they_lie_over():
             assert places[entry.base] < places[entry.name]
             between = found[places[entry.base] + 1 : places[entry.name]]
             assert all(other.base for other in between)
-    table = [Entry("a", "first", ""), Entry("a_b", "over it", "", "a"), Entry("a_b_c", "over both", "", "a_b")]
+    bases = {"a": ("first", None), "a_b": ("over it", "a"), "a_b_c": ("over both", "a_b")}
+    table = [Entry(name, text, "", base=base) for name, (text, base) in bases.items()]
     lines = printed(print_entries, {"recipes": table})
     assert [line.rstrip() for line in lines[1:4]] == [
         "  a          first",

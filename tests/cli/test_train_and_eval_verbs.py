@@ -12,7 +12,7 @@ import pytest
 
 from himoe.cli import main
 from himoe.cli.folders import new_folder
-from himoe.config import load_config
+from himoe.config import load_config, recipe_names
 from himoe.run_folder import locked
 
 LAYER = {"max_vio_window": 0.125, "max_vio_batch": 0.5, "cv_window": 0.25, "group_mass": 0.26, "concentration": 0.75}
@@ -166,6 +166,34 @@ def test_dry_run_prints_a_file_that_gives_the_same_configuration(calls, capsys, 
     assert json.loads(capsys.readouterr().out) == load_config("lm_tiny").model_dump(mode="json")
     assert calls.train is None
     assert [path.name for path in tmp_path.iterdir()] == ["again.toml"]
+
+
+@pytest.mark.parametrize(
+    ("sets", "text"),
+    [
+        (["moe.selector=top_p", "moe.selector_options={q=1}"], "moe.selector 'top_p': unknown option q = 1"),
+        (["moe.selector=expert_choice"], "expert_choice: not causal as configured"),
+        (["moe.options={lambda=1}"], "unknown option lambda = 1"),
+        (["moe.selector=top_k", 'moe.balancers=[{name="load"}]'], 'moe.gate = "noisy"'),
+        (["moe.selector=replay", "moe.selector_options={expert_ids=[[1]]}"], "expert_ids is a tensor"),
+    ],
+)
+def test_a_dry_run_refuses_what_building_refuses(calls, capsys, sets, text):
+    command = ["train", "lm_tiny", *(word for value in sets for word in ("--set", value))]
+    assert main([*command, "--dry-run"]) == 2
+    out, err = capsys.readouterr()
+    assert text in err and err.count("\n") == 1 and out == ""
+
+
+@pytest.mark.filterwarnings("ignore::himoe.errors.HimoeWarning")
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_passes_a_dry_run_without_memory_for_its_weights(calls, recipe, monkeypatch):
+    def on_meta(model, *arguments, **options):
+        assert all(parameter.is_meta for parameter in model.parameters())
+        assert not arguments and options == {"allowed": False}
+
+    monkeypatch.setattr("himoe.build.model._refuse_if_not_causal", on_meta)
+    assert main(["train", recipe, "--dry-run"]) == 0
 
 
 def test_seed_profile_and_start_are_handed_over(calls):

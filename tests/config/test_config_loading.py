@@ -179,6 +179,8 @@ ROUND_TRIPS = [
     ["train.ema_decay=0.99", "train.keep_every=1000", "train.early_stop=1", "train.log_to=['wandb']"],
     ["moe.capacity_factor=1.25", "train.betas=[0, 0.99]", "train.threads=2", 'data.path="ä \\"b\\"\\\\c"'],
     ["moe.options={a = 1, b.c = [true, 'x']}", "train.learning_rate=1e-05", "train.schedule=wsd"],
+    ["moe.pools=[{num_experts=4}, {num_experts=4, expert_dim=8, experts='zero'}]", "moe.num_groups=4", "moe.top_k=4"],
+    ['moe.balancers=[{name="switch", schedule={kind="warmup", steps=3}}, {name="z_loss", per_group=true}]'],
 ]
 
 

@@ -25,6 +25,20 @@ ONE_PROBLEM = [
     (["moe.hidden_size=64"], "moe.hidden_size = 64: unknown key; did you mean 'model.dim'?"),
     (["moe.num_experts_per_tok=2"], "unknown key; did you mean 'moe.top_k'?"),
     (["train.max_steps=5"], "unknown key; did you mean 'train.steps'?"),
+    # in a table within a section
+    (
+        ["moe.pools=[{num_experts=8, hidden=3}]"],
+        "moe.pools[0].hidden = 3: unknown key; known here: num_experts, expert_dim",
+    ),
+    (
+        ["moe.pools=[{num_experts=8, expert_dmi=3}]"],
+        "moe.pools[0].expert_dmi = 3: unknown key; did you mean 'expert_dim'?",
+    ),
+    (["moe.pools=[{num_experts=8, dim=3}]"], "moe.pools[0].dim = 3: unknown key; known here: num_experts, expert_dim"),
+    (
+        ['moe.balancers=[{name="switch", schedule={kind="warmup", steps=3, scale="x"}}]'],
+        "moe.balancers[0].schedule.scale = \"x\": unknown key; did you mean 'scales'?",
+    ),
     # names from the tables
     (["moe.preset=hi_mo"], "did you mean 'hi_moe'?"),
     (['moe.balancers=[{name="los_free"}]'], 'moe.balancers[0].name = "los_free": must be one of logit_correction'),
@@ -115,6 +129,14 @@ ONE_PROBLEM = [
     (['train.log_to=["wandbb"]'], "did you mean 'wandb'?"),
     (["train.recompute=all"], "must be one of none, selective, full"),
     (["train.ema_decay=1"], "train.ema_decay = 1: must be < 1"),
+    # a gate beside a preset
+    (["moe.gate=linear"], "moe.gate = \"linear\": cannot stand beside moe.preset ('hi_moe'), which brings its own"),
+    (["moe.preset=a.b:c", "moe.gate=noisy"], "cannot stand beside moe.preset ('a.b:c'), which brings its own"),
+    (["moe.gate_options={noise_floor=1}"], "belong to moe.gate, and moe.preset ('hi_moe') brings its own gate"),
+    # lists that hold nothing
+    (["moe.pools=[]"], "moe.pools = []: must have at least 1"),
+    (["moe.groups=[]"], "moe.groups = []: must hold each expert from 0 to 7 exactly once"),
+    (["moe.top_k_per_group=[]"], "moe.top_k_per_group = []: must have one entry for each of the 4 groups"),
     # groups of unequal size
     (["moe.groups=[[0, 1], [2, 3]]"], "must hold each expert from 0 to 7 exactly once"),
     (["moe.groups=[[0, 1, 1], [2, 3, 4, 5, 6, 7]]", "moe.top_k=2"], "exactly once"),

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from himoe.functional import reference
-from himoe.functional.dispatch import capacity, place_in_expert, sort_by_expert
+from himoe.functional.dispatch import ORDERS, capacity, place_in_expert, sort_by_expert
 
 SHAPES = st.tuples(st.integers(0, 12), st.integers(1, 4), st.integers(1, 6), st.integers(0, 1000))
 
@@ -41,23 +41,52 @@ def test_sorted_pairs(shape):
     assert not any(flat_kept[pair] for pair in pairs[start:])
 
 
-@pytest.mark.parametrize("order", ["token_major", "column_major"])
+@pytest.mark.parametrize("order", ORDERS)
 @settings(max_examples=40, deadline=None)
 @given(shape=SHAPES, places=st.integers(0, 6))
 def test_places_are_handed_out_as_in_the_reference(order, shape, places):
     ids, selected = random_pairs(*shape)
-    place = place_in_expert(ids, selected, shape[2], order)
-    expected = reference.keep_within_capacity(ids, selected, places, order)
+    weights = torch.randint(4, ids.shape, generator=torch.Generator().manual_seed(shape[3])) / 4  # many ties
+    place = place_in_expert(ids, selected, weights, shape[2], order)
+    expected = reference.keep_within_capacity(ids, selected, weights, places, order)
     assert torch.equal(selected & (place < places), expected)
     assert (place[~selected] >= selected.sum()).all()
 
 
-def test_places_by_hand():
+@pytest.mark.parametrize(
+    ("order", "places"),
+    [
+        # expert 0 stands in pairs (0, 0) .3, (1, 1) .4, (2, 0) .9; expert 1 in (0, 1) .2, (1, 0) .6, (2, 1) .1
+        ("token_major", [[0, 0], [1, 1], [2, 2]]),
+        ("column_major", [[0, 1], [0, 2], [1, 2]]),
+        ("score", [[2, 1], [0, 1], [0, 2]]),
+        ("batch_prioritised", [[1, 2], [0, 2], [0, 1]]),  # tokens 2, 1, 0; first all first choices
+    ],
+)
+def test_places_by_hand(order, places):
     ids = torch.tensor([[0, 1], [1, 0], [0, 1]])
+    weights = torch.tensor([[0.3, 0.2], [0.6, 0.4], [0.9, 0.1]])
     everyone = torch.ones_like(ids, dtype=torch.bool)
-    # token by token, expert 0 sees pairs (0,0) (1,1) (2,0); column by column (0,0) (2,0) (1,1)
-    assert place_in_expert(ids, everyone, 2, "token_major").tolist() == [[0, 0], [1, 1], [2, 2]]
-    assert place_in_expert(ids, everyone, 2, "column_major").tolist() == [[0, 1], [0, 2], [1, 2]]
+    assert place_in_expert(ids, everyone, weights, 2, order).tolist() == places
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_equal_weights_go_token_by_token(order):
+    ids, everyone = torch.zeros(50, 1, dtype=torch.int64), torch.ones(50, 1, dtype=torch.bool)
+    assert place_in_expert(ids, everyone, torch.full((50, 1), 0.5), 3, order)[:, 0].tolist() == list(range(50))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_who_is_not_selected_stands_in_no_queue_whatever_its_weight(order):
+    ids = torch.tensor([[0, 0], [0, 0], [0, 0]])
+    selected = torch.tensor([[False, True], [True, False], [False, False]])
+    for unused in (0.0, 9.0, torch.nan):
+        weights = torch.tensor([[unused, 0.2], [0.1, unused], [unused, unused]])
+        place = place_in_expert(ids, selected, weights, 1, order)
+        first = [[6, 1], [0, 6], [6, 6]] if order == "column_major" else [[6, 0], [1, 6], [6, 6]]
+        if order == "batch_prioritised":  # token 0 comes first, but its choice stands in the second column
+            first = [[6, 1], [0, 6], [6, 6]]
+        assert place.tolist() == first
 
 
 @pytest.mark.parametrize(

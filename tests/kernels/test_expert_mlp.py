@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from himoe.errors import ConfigError
 from himoe.functional import reference
 from himoe.kernels import BACKENDS, choose_backend, expert_mlp
+from himoe.kernels.activation import ACTIVATIONS
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2}
 RUNS = [
@@ -34,6 +35,10 @@ CASES = {
     "sizes of one": {"width": 1, "units": 1},
     "gelu": {"activation": "gelu"},
     "gelu, odd sizes, some kept": {"activation": "gelu", "width": 7, "units": 11, "k": 3},
+    "relu": {"activation": "relu"},
+    "relu, odd sizes, some kept": {"activation": "relu", "width": 7, "units": 11, "k": 3},
+    "relu2": {"activation": "relu2"},
+    "relu2, odd sizes, some kept": {"activation": "relu2", "width": 7, "units": 11, "k": 3},
 }
 
 
@@ -66,7 +71,7 @@ def test_values_and_gradients_are_the_references(name, backend, dtype):
     st.integers(1, 9),
     st.integers(1, 9),
     st.integers(1, 6),
-    st.sampled_from(["swiglu", "gelu"]),
+    st.sampled_from(list(ACTIVATIONS)),
     st.sampled_from(["all", "some"]),
     st.sampled_from(["all", "few"]),
     st.integers(0, 100),
@@ -83,7 +88,7 @@ def test_random_shapes(data, tokens, width, units, num_experts, activation, kept
     assert_equal(result, run(case, backend="reference"), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradcheck(activation):
     case = make_case(tokens=4, width=3, units=2, num_experts=3, k=2, activation=activation)
     x, ids, weights, kept, up_proj, down_proj = case.arguments()
@@ -169,6 +174,16 @@ def test_grouped_runs_where_rows_are_multiples_of_16_bytes_and_falls_back_elsewh
     assert chosen(8, 8, torch.float64) == "loop"
 
 
+@pytest.mark.parametrize("activation", ["relu", "relu2"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_relus_have_no_slope_at_zero(activation, backend):
+    case = make_case(width=8, units=4, activation=activation, kept="all")
+    case.x[2] = 0  # every hidden unit of this token is exactly 0
+    y, grads = run(case, backend=backend, dtype=torch.float32)
+    assert_equal((y, grads), run(case, backend="reference"), TOLERANCE[torch.float32])
+    assert not y[2].any() and not grads["x"][2].any()
+
+
 def test_auto_on_a_cpu_is_the_loop():
     x, _, _, _, up_proj, down_proj = make_case().arguments(torch.float32)
     assert choose_backend("auto", x, up_proj, down_proj) == "loop"
@@ -183,7 +198,7 @@ def test_a_second_derivative_is_refused_not_wrong():
 
 
 def test_the_reference_is_the_formula():
-    # one token, F = 1: swiglu 3·silu(2·1)·(−1·1)·½, gelu 3·gelu(2·1)·½
+    # one token, F = 1: swiglu 3·silu(2·1)·(−1·1)·½, the others 3·act(2·1)·½
     x, one = torch.ones(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
     weight, down = torch.full((1, 1), 0.5, dtype=torch.float64), torch.full((1, 1, 1), 3.0, dtype=torch.float64)
     up = torch.tensor([[[2.0], [-1.0]]], dtype=torch.float64)
@@ -192,11 +207,14 @@ def test_the_reference_is_the_formula():
     gelu = reference.moe(x, ids, weight, one, up[:, :1], down, "gelu").item()
     assert swiglu == pytest.approx(-1.5 * 2 * 0.8807970779778823)  # sigmoid(2)
     assert gelu == pytest.approx(1.5 * 2 * 0.9772498680518208)  # Φ(2)
+    assert reference.moe(x, ids, weight, one, up[:, :1], down, "relu").item() == 1.5 * 2
+    assert reference.moe(x, ids, weight, one, up[:, :1], down, "relu2").item() == 1.5 * 4
+    assert reference.moe(x, ids, weight, one, up[:, 1:], down, "relu2").item() == 0
 
 
 ERRORS = [
     ({"backend": "triton"}, "backend = 'triton': must be auto, loop, grouped"),
-    ({"activation": "relu"}, "activation = 'relu': must be swiglu or gelu"),
+    ({"activation": "tanh"}, "activation = 'tanh': must be swiglu or gelu or relu or relu2"),
     ({"activation": "gelu"}, r"gelu needs x \(T, 16\) and up_proj \(5, 8, 16\)"),
     ({"x": (7, 15)}, r"x \(7, 15\), up_proj \(5, 16, 16\) and down_proj \(5, 16, 8\) do not fit"),
     ({"up_proj": (4, 16, 16)}, r"up_proj \(4, 16, 16\)"),

@@ -21,7 +21,7 @@ def trained_arguments(dtype=torch.float32, activation="swiglu", **sizes):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("activation", "rows"), [("swiglu", 2 * F), ("gelu", F)])
+@pytest.mark.parametrize(("activation", "rows"), [("swiglu", 2 * F), ("gelu", F), ("relu", F), ("relu2", F)])
 def test_backward_keeps_one_tensor_per_pair(backend, activation, rows):
     saved = []
     arguments = trained_arguments(activation=activation)

@@ -24,6 +24,10 @@ NOT_CAUSAL = {
     "hi_moe_paper": lambda: make_moe("hi_moe_paper"),
     "hi_moe_official": lambda: make_moe("hi_moe_official"),
     "capacity, column by column": lambda: make_moe("switch", top_k=2, dispatcher=Capacity(0.6, order="column_major")),
+    "capacity, by score": lambda: make_moe("switch", top_k=2, dispatcher=Capacity(0.6, order="score")),
+    "capacity, batch prioritised": lambda: make_moe(
+        "switch", top_k=2, dispatcher=Capacity(0.6, order="batch_prioritised")
+    ),
 }
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from small_models import make_moe
 
-from himoe import DecoderLM, parameter_counts
+from himoe import DecoderLM, GELUExperts, MoE, PooledExperts, SwiGLUExperts, parameter_counts, presets
 from himoe.models import ParameterCounts
-from himoe.nn import SwiGLU
+from himoe.nn import ConstantExperts, CopyExperts, SwiGLU, ZeroExperts
 
 
 def build(feed_forward, **options):
@@ -81,6 +81,65 @@ def test_k_is_what_the_selector_gives_in_total():
     unequal = active(groups=[[0, 1, 2], [3, 4], [5, 6, 7]], top_k=[2, 1, 2])
     assert active(num_groups=2, top_k=8) - unequal == 3 * one_expert
     assert unequal - active(num_groups=4, top_k=4) == one_expert
+
+
+def pooled_counts(router, *pools):
+    model = build(
+        lambda _: MoE(router(sum(p.num_experts for p in pools)), PooledExperts(*pools)),
+        vocab_size=40,
+        dim=16,
+        num_layers=1,
+        num_heads=2,
+    )
+    return parameter_counts(model)
+
+
+def one_router(k):
+    return lambda num_experts: presets.switch(16, num_experts, k)
+
+
+def router_per_group(groups, k):
+    return lambda _: presets.moge(16, sum(map(len, groups)), groups=groups, top_k=k)
+
+
+WIDE, NARROW = 3 * 16 * 32, 3 * 16 * 8  # parameters of one expert
+
+
+@pytest.mark.parametrize(
+    ("router", "wide", "narrow"),
+    [
+        # of 4 wide and 8 narrow experts a token uses 3 of 12: one of the 4 and two of the 8, used alike
+        (one_router(3), 1, 2),
+        (one_router(6), 2, 4),
+        # one router per pool: exactly k' of each
+        (router_per_group([[0, 1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11]], [2, 1]), 2, 1),
+        # groups within pools: their k' add up
+        (router_per_group([[0, 1], [2, 3], [4, 5, 6, 7, 8, 9, 10, 11]], [2, 1, 5]), 3, 5),
+        (router_per_group([[2, 0], [11, 4, 6, 5], [1, 3], [7, 8, 9, 10]], [1, 2, 2, 1]), 3, 3),
+        # groups across pools: 6 of 12, used alike
+        (router_per_group([[0, 1, 4, 5, 6, 7], [2, 3, 8, 9, 10, 11]], [3, 3]), 2, 4),
+    ],
+)
+def test_pools_by_hand(router, wide, narrow):
+    with torch.device("meta"):
+        counts = pooled_counts(router, SwiGLUExperts(4, 16, 32), SwiGLUExperts(8, 16, 8))
+    assert counts.total - counts.active == (4 - wide) * WIDE + (8 - narrow) * NARROW
+
+
+def test_expected_parameters_are_rounded_once_for_a_layer():
+    with torch.device("meta"):
+        counts = pooled_counts(one_router(1), GELUExperts(2, 16, 5), GELUExperts(5, 16, 1))
+    routed = 2 * 16 * (2 * 5 + 5 * 1)
+    assert counts.total - counts.active == routed - routed // 7
+
+
+def test_free_experts_cost_nothing_and_constants_what_they_hold():
+    with torch.device("meta"):
+        networks, free = SwiGLUExperts(4, 16, 32), [ZeroExperts(3), CopyExperts(1)]
+        counts = pooled_counts(one_router(2), networks, *free)
+        assert counts.total - counts.active == 3 * WIDE  # 2 of 8, so one of the 4 networks
+        counts = pooled_counts(one_router(2), SwiGLUExperts(4, 16, 32), ConstantExperts(4, 16))
+        assert counts.total - counts.active == 3 * WIDE + 3 * (3 * 16)  # W_e and v_e
 
 
 def test_mixtral_8x7b():

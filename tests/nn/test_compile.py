@@ -4,14 +4,29 @@ import pytest
 import torch
 from small_layers import make_moe, tokens
 
-from himoe import Capacity, aux_losses
+from himoe import Capacity, Groups, aux_losses
+from himoe.balance import Chain, GlobalBatch, Importance, LossFree, PerGroup, Phi, Similarity
 from himoe.nn import SwiGLU
 
+
+def with_many_balancers():
+    moe, groups = make_moe("loss_free"), Groups(((5, 0, 3), (1, 2), (4, 6, 7)))
+    per_group = PerGroup(groups, [Chain(LossFree(size), Phi(size), GlobalBatch()) for size in groups.sizes])
+    moe.router.balancer = Chain(per_group, Importance(), Similarity(norm="l1"), GlobalBatch())
+    return moe
+
+
 LAYERS = {
+    "balancers per group and over the global batch": with_many_balancers,
     "grouped selection, shared expert, grouped kernel": lambda: make_moe(
         "hi_moe", backend="grouped", shared=SwiGLU(16, 8)
     ),
     "unequal groups, capacity": lambda: make_moe("hi_moe explicit groups", dispatcher=Capacity(0.8)),
+    "capacity by score": lambda: make_moe("switch", top_k=2, dispatcher=Capacity(0.6, order="score")),
+    "capacity, batch prioritised": lambda: make_moe(
+        "switch", top_k=2, dispatcher=Capacity(0.6, order="batch_prioritised")
+    ),
+    "capacity, column by column": lambda: make_moe("switch", top_k=2, dispatcher=Capacity(0.6, order="column_major")),
 }
 
 

@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
-from small_layers import D, E, make_moe, tokens
+from small_layers import E, make_moe, tokens
 
 from himoe import Capacity, Dropless
 from himoe.errors import ConfigError
 from himoe.functional import reference, stats
+from himoe.functional.dispatch import ORDERS
 
-ORDERS = ["token_major", "column_major"]
+NOT_CAUSAL = [name for name, order in ORDERS.items() if not order.causal]
 
 
 def test_dropless_keeps_everything_and_says_so():
@@ -49,7 +50,7 @@ def test_capacity_keeps_who_comes_first(order, masked, factor, multiple):
     _, routing = moe(tokens(40), mask)
     real = 40 if mask is None else int(mask.sum())
     places = max(1, math.ceil(math.floor(2 * factor * real / E) / multiple) * multiple)
-    expected = reference.keep_within_capacity(routing.expert_ids, routing.selected, places, order)
+    expected = reference.keep_within_capacity(routing.expert_ids, routing.selected, routing.weights, places, order)
     assert torch.equal(routing.kept, expected)
     assert stats.load(routing).max() <= places < stats.selected_load(routing).max()
     assert stats.drop_rate(routing).item() == pytest.approx(1 - expected.sum().item() / (2 * real))
@@ -79,6 +80,20 @@ def test_a_dropped_pair_trains_neither_its_expert_nor_its_weight():
     assert [e for e in range(E) if moe.experts.down_proj.grad[e].any()] == [3]
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_dropped_pairs_cost_no_product(order, monkeypatch):
+    rows, product = [], torch.mm
+
+    def spy(left, right, **options):
+        rows.append(left.shape[0])
+        return product(left, right, **options)
+
+    monkeypatch.setattr(torch, "mm", spy)
+    _, routing = make_moe("switch", top_k=2, backend="loop", dispatcher=Capacity(0.5, order=order))(tokens(40))
+    assert 0 < routing.kept.sum() < routing.selected.sum()
+    assert sum(rows) == 2 * routing.kept.sum()  # up and down, one row of each for a kept pair
+
+
 def kept_before(moe, change_at, seed):
     x, later = tokens(24), tokens(24, seed=seed) * 3
     changed = torch.cat([x[:change_at], later[change_at:]])
@@ -93,16 +108,49 @@ def test_later_tokens_take_no_place_from_earlier_ones():
         assert torch.equal(one, other)
 
 
-def test_column_by_column_they_do_and_it_is_labelled():
-    moe = make_moe("switch", top_k=2, dispatcher=Capacity(0.6, order="column_major"))
+@pytest.mark.parametrize("order", NOT_CAUSAL)
+def test_in_other_orders_they_do_and_it_is_labelled(order):
+    moe = make_moe("switch", top_k=2, dispatcher=Capacity(0.6, order=order))
     assert not moe.dispatcher.causal
     assert any(not torch.equal(*kept_before(moe, 12, seed)) for seed in range(1, 20))
 
 
 def test_column_order_is_token_order_where_each_expert_has_one_column():
     x = tokens(40)
-    kept = [make_moe("hi_moe", dispatcher=Capacity(0.6, order=order))(x)[1].kept for order in ORDERS]
+    orders = ("token_major", "column_major")
+    kept = [make_moe("hi_moe", dispatcher=Capacity(0.6, order=order))(x)[1].kept for order in orders]
     assert torch.equal(*kept) and not kept[0].all()
+
+
+def test_by_score_the_pairs_that_an_expert_keeps_weigh_more_than_those_it_drops():
+    _, routing = make_moe("switch", top_k=2, dispatcher=Capacity(0.5, order="score"))(tokens(40))
+    for e in range(E):
+        of_expert = routing.expert_ids == e
+        kept, dropped = (routing.weights[of_expert & which] for which in (routing.kept, ~routing.kept))
+        assert not len(dropped) or kept.min() >= dropped.max()
+
+
+def test_batch_prioritised_with_one_choice_is_by_score():
+    x = tokens(40)
+    kept = [
+        make_moe("switch", top_k=1, renormalize=False, dispatcher=Capacity(0.5, order=order))(x)[1].kept
+        for order in ("score", "batch_prioritised")
+    ]
+    assert torch.equal(*kept) and not kept[0].all()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_padding_takes_no_place_and_moves_nobody(order):
+    moe = make_moe("switch", top_k=2, dispatcher=Capacity(0.6, order=order))
+    x, mask = tokens(20), torch.arange(50) % 5 < 2
+    padded = tokens(50, seed=3) * 9
+    padded[mask] = x
+    y, routing = moe(x)
+    padded_y, with_padding = moe(padded, mask)
+    assert torch.equal(with_padding.kept[mask], routing.kept) and not routing.kept.all()
+    torch.testing.assert_close(padded_y[mask], y)
+    assert not with_padding.kept[~mask].any() and not padded_y[~mask].any()
+    assert torch.equal(stats.drop_rate(with_padding), stats.drop_rate(routing))
 
 
 @pytest.mark.parametrize(
@@ -112,20 +160,16 @@ def test_column_order_is_token_order_where_each_expert_has_one_column():
         ((-1.0,), {}, "factor = -1.0 must be above 0"),
         ((math.nan,), {}, "factor = nan must be above 0"),
         ((1.0,), {"multiple": 0}, "multiple = 0 at least 1"),
-        ((1.0,), {"order": "row_major"}, "order = 'row_major' must be token_major or column_major"),
+        (
+            (1.0,),
+            {"order": "row_major"},
+            "order = 'row_major' must be token_major or column_major or score or batch_prioritised",
+        ),
     ],
 )
 def test_capacity_refuses_what_cannot_work(arguments, options, message):
     with pytest.raises(ConfigError, match=message):
         Capacity(*arguments, **options)
-
-
-def test_places_do_not_depend_on_padding():
-    moe = make_moe("switch", top_k=2, dispatcher=Capacity(1.0))
-    x = tokens(20)
-    padded = torch.cat([torch.zeros(30, D), x])
-    mask = torch.arange(50) >= 30
-    assert torch.equal(moe(padded, mask)[1].kept[mask], moe(x)[1].kept)
 
 
 @pytest.mark.parametrize("order", ORDERS)

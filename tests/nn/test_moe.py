@@ -9,7 +9,7 @@ from himoe import Capacity, Dropless, Gate, GELUExperts, MoE, Router, SwiGLUExpe
 from himoe.errors import ConfigError
 from himoe.functional import reference
 from himoe.functional.selection import top_k
-from himoe.nn import SwiGLU
+from himoe.nn import ReLU2Experts, ReLUExperts, SwiGLU
 
 pytestmark = pytest.mark.filterwarnings("ignore::himoe.errors.HimoeWarning")
 
@@ -27,7 +27,7 @@ def by_reference(moe, x, routing):
     return y.view_as(x)
 
 
-@pytest.mark.parametrize("experts", [SwiGLUExperts, GELUExperts])
+@pytest.mark.parametrize("experts", [SwiGLUExperts, GELUExperts, ReLUExperts, ReLU2Experts])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_output_and_gradients_are_the_double_loop(preset, experts):
     moe = make_moe(preset, experts=experts, shared=SwiGLU(D, 10)).double()

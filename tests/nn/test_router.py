@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from himoe import Balancer, Gate, LogitCorrection, LossFree, Router, RouterContext, Routing
 from himoe.errors import ConfigError
 from himoe.functional.scores import sigmoid
-from himoe.functional.selection import top_k
+from himoe.functional.selection import replay, top_k
 
 pytestmark = pytest.mark.filterwarnings("ignore::himoe.errors.HimoeWarning")
 TOP_2 = partial(top_k, k=2)
@@ -241,3 +241,31 @@ def test_replace_changes_a_copy():
     none = torch.zeros_like(routing.kept)
     changed = routing.replace(kept=none)
     assert changed.kept is none and routing.kept.all() and changed.weights is routing.weights
+
+
+def test_weights_are_renormalised_however_small_their_scores_are():
+    """Both experts lie 30 and 31 under the best one, and their softmax scores are below 1e-13."""
+    logits = torch.tensor([[0.0, -30.0, -31.0]])
+    chosen = partial(replay, expert_ids=torch.tensor([[1, 2]]))
+    routing = Router(nn.Identity(), chosen, num_experts=3)(logits)
+    assert torch.allclose(routing.weights, torch.tensor([-30.0, -31.0]).softmax(0))
+
+
+def test_padding_may_hold_nan():
+    torch.manual_seed(0)
+    router = Router(Gate(4, 6), partial(top_k, k=2), num_experts=6)
+    x, mask = torch.randn(5, 4), torch.tensor([True, True, False, True, False])
+    gradients = []
+    for padding in (0.0, torch.nan):
+        routing = router(x.where(mask[:, None], padding), mask)
+        (gradient,) = torch.autograd.grad(routing.weights.square().sum(), router.gate.weight)
+        gradients.append(gradient)
+    assert torch.equal(*gradients) and gradients[0].abs().sum() > 0
+
+
+def test_an_error_in_the_selector_is_not_taken_for_a_lack_of_top_k():
+    def broken(scores, context):
+        return [scores.nothing], None
+
+    with pytest.raises(TypeError, match=r"the selector broken fails on one token: .*'nothing'"):
+        _ = Router(Gate(D, E), broken, num_experts=E).top_k

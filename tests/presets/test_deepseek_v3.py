@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from himoe import MoE, SwiGLUExperts, observe, presets, step
-from himoe.balance import LossFree, SequenceBalance
+from himoe.balance import LossFree, Schedule, SequenceBalance
 from himoe.build import build_model
 from himoe.config import load_config
 from himoe.errors import ConfigError
@@ -106,17 +106,28 @@ def test_the_sequence_loss_conforms(score):
 
 
 def test_a_frozen_bias_stands_still():
-    layer = MoE(presets.loss_free(8, 8, 2), SwiGLUExperts(8, 8, 4))
-    layer.router.balancer = LossFree(8, rate=0.01, freeze_after=2)
+    router = presets.deepseek_v3(8, 8, 2, num_groups=4, rate=0.01, freeze_after=2)
+    layer = MoE(router, SwiGLUExperts(8, 8, 4))
+    (bias,) = [part.bias for part in router.balancer.modules() if isinstance(part, LossFree)]
     biases = []
     for seed in range(4):
         x = torch.randn(16, 8, generator=torch.Generator().manual_seed(seed))
         observe(layer, [layer(x)[1]])
         step(layer)
-        biases.append(layer.router.balancer.bias.clone())
+        biases.append(bias.clone())
     assert not torch.equal(biases[0], biases[1])
     assert torch.equal(biases[1], biases[2])
     assert torch.equal(biases[2], biases[3])
+
+
+def test_the_bias_freezes_by_a_schedule_of_its_moves():
+    frozen, loss = presets.deepseek_v3(8, 16, 4, num_groups=8, freeze_after=7).balancer.parts
+    assert isinstance(frozen, Schedule)
+    assert (frozen.kind, frozen.steps, frozen.scales) == ("off_after", 7, "moves")
+    assert isinstance(frozen.balancer, LossFree)
+    assert isinstance(loss, SequenceBalance)
+    with pytest.raises(ConfigError, match="schedule off_after: steps = 0 must be at least 1"):
+        presets.deepseek_v3(8, 16, 4, num_groups=8, freeze_after=0)
 
 
 def test_it_is_built_from_a_configuration():

@@ -24,7 +24,7 @@ def test_a_readers_own_class_and_function():
 @pytest.mark.parametrize(
     ("moe", "text"),
     [
-        ({"experts": "math:pi"}, "^moe.experts 'math:pi': 'float' object is not callable$"),
+        ({"experts": "math:pi"}, "^moe.experts 'math:pi': must be a function or class whose parameters have names$"),
         ({"experts": "json:dumps"}, "^moe.experts 'json:dumps': .*positional argument"),
         ({"experts": "torch.nn:Identity"}, "^moe.experts 'torch.nn:Identity': fails on one token: "),
         ({"experts": "builtins:complex"}, "^moe.experts 'builtins:complex': "),

@@ -189,8 +189,8 @@ def test_loss_free_is_sigmoid_top_k_with_a_bias():
     assert router.score is scores.sigmoid and router.renormalize
     routing = router(tokens())
     assert router.balancer.losses(routing) == {}
-    other = presets.loss_free(D, E, 4, rate=0.1, update="rms", centred=True, multiplicative=True, renormalize=False)
-    assert (other.balancer.rate, other.balancer.update, other.balancer.centred) == (0.1, "rms", True)
+    other = presets.loss_free(D, E, 4, rate=0.05, update="rms", centred=True, multiplicative=True, renormalize=False)
+    assert (other.balancer.rate, other.balancer.update, other.balancer.centred) == (0.05, "rms", True)
     assert other.balancer.multiplicative and not other.renormalize
 
 

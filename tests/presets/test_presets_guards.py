@@ -1,13 +1,35 @@
 """Guards: coefficients known to fail are named with their numbers, warned of or refused."""
 
+import math
 import warnings
+from functools import partial
 
 import pytest
+import torch
 
 from himoe import presets
-from himoe.balance import Chain, DualAscent, LossFree, Schedule, Switch, TwoLevelTerms
-from himoe.errors import GuardError, HimoeWarning
+from himoe.balance import (
+    Chain,
+    DualAscent,
+    ExpertThreshold,
+    GlobalBatch,
+    Importance,
+    LossFree,
+    Momentum,
+    PerGroup,
+    Phi,
+    Quantile,
+    Schedule,
+    SequenceBalance,
+    Switch,
+    TwoLevelTerms,
+)
+from himoe.build import build_model
+from himoe.config import load_config
+from himoe.errors import ConfigError, GuardError, HimoeWarning
+from himoe.functional.groups import Groups
 from himoe.functional.scores import sigmoid, softmax
+from himoe.presets.guards import score_spread
 
 E, G, K = 16, 4, 4  # S/k' = 4
 
@@ -99,12 +121,124 @@ def test_other_forms_are_not_refused():
     silent(lambda: check(TwoLevelTerms(E, G, intra="global", inter="dense", lambda_intra=0.01, lambda_inter=0.02)))
 
 
-def test_a_loss_free_rate_beside_softmax_scores():
-    """A softmax score is 1/E on average: u = 1e-3 is half of it at E = 512."""
-    with pytest.warns(HimoeWarning, match=r"rate = 0.001 is 0.512 times the mean softmax score 1/512"):
+def step(balancer, score, num_experts):
+    """Check one balancer's step against the scores."""
+    presets.check_guards(balancer, top_k=K, score=score, num_experts=num_experts)
+
+
+def test_the_spread_of_scores_is_what_theory_says():
+    """softmax(z)_e ≈ e^z/(E·e^½) for many experts: deviation √(e − 1)/E. E[σ(z)²] − ¼ = 0.0434 for the sigmoid."""
+    for num_experts in (256, 2048):
+        mean, deviation = score_spread(softmax, num_experts)
+        assert mean == pytest.approx(1 / num_experts)
+        assert deviation == pytest.approx(math.sqrt(math.e - 1) / num_experts, rel=0.05)
+    mean, deviation = score_spread(sigmoid, 256)
+    assert (mean, deviation) == (pytest.approx(0.5, abs=0.005), pytest.approx(0.2083, rel=0.01))
+    assert score_spread(sigmoid, 256) == (mean, deviation)  # the same numbers again
+
+
+def test_a_step_beside_softmax_scores():
+    text = (
+        r"LossFree: the bias moves by 0.001 a step, 0.395 times the spread 0.00253 of softmax scores over 512 experts "
+        r".*use a rate below 0.00063, or scores that lie further apart, such as sigmoid"
+    )
+    with pytest.warns(HimoeWarning, match=text):
+        step(LossFree(512), softmax, 512)
+    for num_experts in (2, 8, 64, 256):
+        silent(lambda e=num_experts: step(LossFree(e), softmax, e))
+    silent(lambda: step(LossFree(512, rate=6e-4), softmax, 512))
+
+
+@pytest.mark.parametrize("num_experts", [2, 8, 64, 512, 4096])
+def test_a_usual_step_beside_sigmoid_scores_is_small_for_every_number_of_experts(num_experts):
+    silent(lambda: step(LossFree(num_experts), sigmoid, num_experts))
+    with pytest.warns(HimoeWarning, match=r"LossFree: the bias moves by 0.1 a step, .* of sigmoid scores"):
+        step(LossFree(num_experts, rate=0.1), sigmoid, num_experts)
+
+
+@pytest.mark.parametrize(
+    "balancer",
+    [
+        *(LossFree(512, update=update) for update in ("sign", "proportional", "rms")),
+        LossFree(512, centred=True),
+        Momentum(512, rate=1e-3),
+        Schedule(LossFree(512), "off_after", steps=5, scales="moves"),
+        PerGroup(Groups.equal(512, 8), [LossFree(64) for _ in range(8)]),
+    ],
+    ids=lambda balancer: f"{type(balancer).__name__}-{getattr(balancer, 'update', '')}",
+)
+def test_every_controller_with_a_rate_is_judged_wherever_it_stands(balancer):
+    with pytest.warns(HimoeWarning, match="the bias moves by 0.001 a step, 0.395 times"):
+        step(balancer, softmax, 512)
+    silent(lambda: step(balancer, sigmoid, 512))
+
+
+def test_a_multiplicative_step_counts_against_the_relative_spread():
+    silent(lambda: step(LossFree(512, multiplicative=True), softmax, 512))
+    with pytest.warns(HimoeWarning, match=r"0.5 a step, .* times the spread relative to their mean 1.3 of softmax"):
+        step(LossFree(512, multiplicative=True, rate=0.5), softmax, 512)
+
+
+def test_what_has_no_rate_or_no_score_is_not_judged():
+    silent(lambda: step(Chain(Quantile(512, 8), ExpertThreshold(512, 8), LossFree(512, rate=0.0)), softmax, 512))
+    silent(lambda: check(LossFree(512, rate=5.0)))
+    with pytest.raises(ConfigError, match="score needs num_experts"):
         check(LossFree(512), score=softmax)
-    silent(lambda: check(LossFree(256), score=softmax))
-    silent(lambda: check(LossFree(512, rate=1e-4), score=softmax))
-    silent(lambda: check(LossFree(512), score=sigmoid))
-    silent(lambda: check(LossFree(512, multiplicative=True), score=softmax))
-    silent(lambda: check(LossFree(512)))
+
+
+def narrow(logits, width):
+    """Scores of any spread."""
+    return 0.5 + width * logits.tanh()
+
+
+def test_other_scores_are_judged_by_their_own_spread_also_through_partial():
+    with pytest.warns(HimoeWarning, match="of narrow scores over 16 experts"):
+        step(LossFree(16), partial(narrow, width=1e-3), 16)
+    silent(lambda: step(LossFree(16), partial(narrow, width=1e-2), 16))
+
+
+def test_random_scores_are_judged_alike_every_time_and_leave_random_numbers_alone():
+    before = torch.get_rng_state()
+    spreads = [score_spread(lambda logits: logits.sigmoid() + torch.rand_like(logits), 16) for _ in range(2)]
+    assert spreads[0] == spreads[1] and spreads[0][1] > 0.3
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_one_expert_leaves_nothing_to_decide_and_equal_scores_everything():
+    silent(lambda: step(LossFree(1, rate=1.0), softmax, 1))
+    with pytest.warns(HimoeWarning, match="of narrow scores"):
+        step(LossFree(4), partial(narrow, width=0.0), 4)
+
+
+def test_presets_and_configurations_are_judged():
+    with pytest.warns(HimoeWarning, match=r"LossFree: .* of sigmoid scores over 8 experts"):
+        presets.loss_free(6, 8, 2, rate=0.2)
+    with pytest.warns(HimoeWarning, match=r"LossFree: .* of sigmoid scores over 16 experts"):
+        presets.deepseek_v3(6, 16, 2, rate=0.2)
+    silent(lambda: presets.loss_free(6, 8, 2))
+    silent(lambda: presets.deepseek_v3(6, 16, 2))
+    for extra in ('moe.balancers=[{name="momentum", rate=0.2}]', 'moe.balancers=[{name="loss_free", rate=0.2}]'):
+        for router in ("moe.preset=moge", "moe.selector=top_k"):
+            with pytest.warns(HimoeWarning, match=r"the bias moves by 0.2 a step, .* of softmax scores"):
+                build_model(load_config("lm_tiny", sets=[router, extra]), 257)
+
+
+def test_controllers_count_as_load_balancing_beside_two_level_terms():
+    for controller in (Quantile(E, K), Momentum(E)):
+        silent(lambda part=controller: check(TwoLevelTerms(E, G), part))
+    for nothing in (Momentum(E, rate=0.0), LossFree(E, rate=0.0)):
+        with pytest.raises(GuardError, match="without any load-balancing part"):
+            check(TwoLevelTerms(E, G), nothing)
+
+
+@pytest.mark.parametrize("kind", [GlobalBatch, SequenceBalance, partial(Phi, E)])
+def test_losses_that_pull_as_switch_does_count_with_their_weight(kind):
+    silent(lambda: check(TwoLevelTerms(E, G, lambda_intra=0.01), kind(weight=0.01)))
+    with pytest.raises(GuardError, match=r"lambda_intra/alpha = 0.01/0.002 = 5 > 2.5"):
+        check(TwoLevelTerms(E, G, lambda_intra=0.01), kind(weight=0.002))
+
+
+def test_of_other_losses_that_balance_no_ratio_is_known():
+    silent(lambda: check(TwoLevelTerms(E, G), Importance(weight=0.1)))
+    with pytest.raises(GuardError, match="without any load-balancing part"):
+        check(TwoLevelTerms(E, G), Importance(weight=0.0))

@@ -83,6 +83,8 @@ def _layer(index: int, skew: list[float], age: float, noise: random.Random, log_
     return {
         "layer": index,
         "load": load,
+        "experts_per_token": 4.0,
+        "truncated_mass": 0.0,
         "drop_rate": 0.0,
         "max_vio_batch": vio + 0.12 + abs(noise.gauss(0, 0.03)),
         "max_vio_window": vio,

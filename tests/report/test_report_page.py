@@ -124,6 +124,21 @@ def test_dropped_pairs_are_shown_where_there_are_some(run, page):
     assert "<th scope=col>Dropped</th>" in html and "<td>0.625</td></tr>" in html
 
 
+def test_a_varying_number_of_experts_is_shown_and_what_a_limit_cuts_off(run, page):
+    html = page(run)
+    assert "Experts per token" not in html and "Cut off" not in html and "top 4" in html
+    lines = read_lines(run / "load.jsonl")
+    lines[2]["layers"][0]["experts_per_token"] = 3.25
+    lines[3]["layers"][1]["truncated_mass"] = 0.125
+    write_lines(run / "load.jsonl", lines)
+    edit(run / "summary.json", lambda summary: summary["layers"][2].update(experts_per_token=3.625))
+    html = page(run)
+    assert titled(html, "Experts per token")["traces"][0]["y"][1:4] == [4, 3.25, 4]
+    assert titled(html, "Cut off by max_k")["traces"][1]["y"][2:5] == [0, 0.125, 0]
+    assert "<th scope=col>Experts per token</th>" in html and "<td>3.625</td>" in html
+    assert "16 experts in 4 groups, a varying number per token" in html
+
+
 @pytest.mark.parametrize(
     ("moe", "text"),
     [

@@ -4,21 +4,33 @@ import inspect
 
 import pytest
 from broken_balancers import BROKEN, Bias
+from torch import nn
 
-from himoe import registry
+from himoe import Gate, registry
 from himoe.balance import (
     Balancer,
     Chain,
     DualAscent,
+    ExpertThreshold,
+    GlobalBatch,
+    Importance,
+    Load,
     LogitCorrection,
     LossFree,
+    Momentum,
+    PerGroup,
+    Phi,
+    Quantile,
+    ReluSparsity,
     Schedule,
+    Similarity,
     Switch,
     TwoLevelTerms,
     ZLoss,
 )
 from himoe.functional import losses
 from himoe.functional.groups import Groups
+from himoe.nn import NoisyGate
 from himoe.testing import check_balancer
 
 E, G = 8, 4
@@ -28,10 +40,11 @@ UNEQUAL = Groups(((0, 3, 5), (1,), (2, 4, 6, 7)))
 @pytest.mark.parametrize("name", registry.BALANCERS)
 def test_every_entry_of_the_table_conforms_with_its_defaults(name):
     constructor = registry.load("balancers", name)
-    layer = {"num_experts": E, "groups": G}
+    layer = {"num_experts": E, "groups": G, "top_k": 2}
     needed = {key: value for key, value in layer.items() if key in inspect.signature(constructor).parameters}
-    check_balancer(lambda: constructor(**needed), num_experts=E)
-    check_balancer(lambda: constructor(**needed), num_experts=E, num_groups=G, top_k=G, score="sigmoid")
+    for gate in (NoisyGate,) if constructor.needs_noise else (Gate, NoisyGate):
+        check_balancer(lambda: constructor(**needed), num_experts=E, gate=gate)
+        check_balancer(lambda: constructor(**needed), num_experts=E, num_groups=G, top_k=G, score="sigmoid", gate=gate)
 
 
 @pytest.mark.parametrize("inter", losses.INTER)
@@ -44,6 +57,7 @@ def test_every_form_of_the_two_level_terms_conforms(intra, inter):
                 num_groups=G,
                 top_k=G,
                 score=score,
+                compiles=score == "sigmoid",  # once for each kind of groups
             )
 
 
@@ -72,12 +86,29 @@ def dual() -> DualAscent:
         lambda: LogitCorrection(E, tau=0.5, temperature=0.7),
         lambda: LogitCorrection(E, tau=0.5, temperature=0.7, mean_from="same_batch"),
         lambda: Switch(weight=0.0),
+        lambda: Chain(Phi(E, rate=0.5, source="raw"), GlobalBatch(source="raw"), Similarity(norm="l1")),
         lambda: Switch(source="raw"),
         dual,
         lambda: Schedule(terms(), "warmup", steps=3, only=("intra",)),
         lambda: Schedule(Switch(), "off_after", steps=1),
         lambda: Schedule(LogitCorrection(E, tau=0.5), "two_stage", steps=2),
         lambda: Schedule(dual(), "two_stage", steps=1),
+        *(
+            lambda kind=kind, make=make: Schedule(make(), kind, steps=2, scales="moves")
+            for kind in Schedule.KINDS
+            for make in (
+                lambda: Chain(LossFree(E), LogitCorrection(E), Momentum(E)),
+                lambda: Quantile(E, 4),
+                lambda: ExpertThreshold(E, 2),
+                lambda: ReluSparsity(E, 2),
+            )
+        ),
+        lambda: Quantile(E, 4, selection_groups=G, space="linear"),
+        lambda: Quantile(E, 4, smoothing=0.7),
+        lambda: PerGroup(Groups.equal(E, G), [Quantile(2, 1) for _ in range(G)]),
+        lambda: Momentum(E, rate=0.05, kappa=0.5, beta=0.9),
+        lambda: ExpertThreshold(E, 4, beta=0.0, start=0.1),
+        lambda: ReluSparsity(E, 4, start=0.5, balance=False),
         lambda: Chain(LogitCorrection(E), Schedule(terms(), "warmup", steps=5), Switch(), ZLoss(), LossFree(E)),
         lambda: Chain(Chain(LossFree(E), dual()), Switch(), Switch()),
     ],
@@ -86,8 +117,33 @@ def test_compositions_conform(make):
     check_balancer(make, num_groups=G, top_k=G)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda size: Switch(),
+        lambda size: LossFree(size, rate=0.03),
+        lambda size: LossFree(size, rate=0.03, multiplicative=True),
+        lambda size: LogitCorrection(size, tau=0.5),
+        lambda size: Schedule(GlobalBatch(), "warmup", steps=2),
+        lambda size: Chain(Phi(size), Importance(), Load(), Similarity(norm="l1"), ZLoss()),
+    ],
+    ids=["switch", "loss_free", "multiplicative", "correction", "global_batch", "chain"],
+)
+@pytest.mark.parametrize("groups", [Groups.equal(E, G), UNEQUAL], ids=["equal", "unequal"])
+def test_balancers_per_group_conform(groups, make):
+    for score in ("softmax", "sigmoid"):
+        check_balancer(lambda: PerGroup(groups, [make(size) for size in groups.sizes]), score=score, gate=NoisyGate)
+
+
+def test_another_gate_can_be_checked_with():
+    check_balancer(
+        lambda: Chain(LossFree(E), Switch()), gate=lambda dim, num_experts: nn.Sequential(nn.Linear(dim, num_experts))
+    )
+
+
 def test_more_experts_per_token_conform():
-    check_balancer(lambda: LossFree(E), top_k=E)
+    for make in (lambda: LossFree(E), lambda: Momentum(E), lambda: Quantile(E, E), lambda: ExpertThreshold(E, E)):
+        check_balancer(make, top_k=E)
     check_balancer(lambda: Chain(LogitCorrection(16), LossFree(16)), num_experts=16, top_k=1)
 
 

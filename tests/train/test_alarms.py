@@ -3,6 +3,7 @@ import torch
 from tiny_training import DIM, TinyLM, make_trainer
 from torch import nn
 
+from himoe.balance import Chain, Momentum, Quantile
 from himoe.functional.stats import effective_experts
 from himoe.nn import MoE, SwiGLUExperts
 from himoe.presets import hi_moe, loss_free, switch
@@ -95,6 +96,7 @@ def test_a_layer_whose_every_expert_is_chosen_has_not_collapsed():
     used = float(effective_experts(torch.full((3,), 50)))
     assert used < 3  # by rounding
     record = {"layer": 0, "effective_experts": used, "max_vio_window": 0.0, "group_mass": 1.0, "dead_experts": []}
+    record["experts_per_token"] = 3.0
     assert Alarms(layer, [0]).check(line(100), [record]) == []
 
 
@@ -110,6 +112,7 @@ def test_a_confident_router_without_groups_is_no_fault(tmp_path):
     assert "group_collapse" not in [alarm.kind for alarm in train(trainer, tmp_path, 20, every=5)]
 
 
+@pytest.mark.filterwarnings("ignore:LossFree. the bias moves by:himoe.errors.HimoeWarning")
 @pytest.mark.parametrize(
     ("rate", "multiplicative", "seen"), [(10.0, False, True), (1e-3, False, False), (2.0, True, True)]
 )
@@ -118,6 +121,14 @@ def test_biases_that_choose_by_themselves(tmp_path, rate, multiplicative, seen):
     alarms = [a for a in train(trainer, tmp_path, 15) if a.kind == "growing_bias"]
     assert [(alarm.layer, alarm.step <= 15) for alarm in alarms] == [(0, True)] * seen
     assert all(f"rate = {rate:g}" in alarm.text for alarm in alarms)
+
+
+def test_the_biases_of_every_balancer_with_a_rate_are_judged_and_those_without_are_not(tmp_path):
+    router = loss_free(DIM, 8, 4)
+    router.balancer = Chain(Momentum(8, rate=2.0, beta=0.0), Quantile(8, 4))
+    router.balancer.parts[1].bias.copy_(torch.linspace(-9, 9, 8))  # logarithms, which no range bounds
+    (alarm,) = [a for a in train(make_trainer(model=TinyLM(router)), tmp_path, 15) if a.kind == "growing_bias"]
+    assert "the biases of Momentum are" in alarm.text and "rate = 2" in alarm.text
 
 
 def test_a_learning_rate_that_is_far_too_high_names_step_and_place():

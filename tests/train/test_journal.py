@@ -28,6 +28,8 @@ TRAIN = {
 LAYER = {
     "layer",
     "load",
+    "experts_per_token",
+    "truncated_mass",
     "drop_rate",
     "max_vio_batch",
     "max_vio_window",
@@ -90,6 +92,7 @@ def test_an_evaluation_in_one_line():
     assert describe_evaluation(nothing) == "held-out bits per byte – (a –, b 0.500)"
 
 
+@pytest.mark.filterwarnings("ignore:LossFree. the bias moves:himoe.errors.HimoeWarning")  # a rate that shows
 def test_alarms_stand_in_the_metrics_after_their_line(tmp_path):
     trainer = make_trainer(model=TinyLM(loss_free(16, 8, 4, rate=10.0)))
     other = Lines()

@@ -33,6 +33,7 @@ def test_micro_batches_equal_the_whole_batch(accumulate, router):
     assert parts.tokens_done == whole.tokens_done == 3 * 8 * SEQ_LEN
 
 
+@pytest.mark.filterwarnings("ignore:LossFree. the bias moves:himoe.errors.HimoeWarning")  # a rate that shows
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 def test_the_balancer_moves_once_per_optimizer_step(accumulate):
     model = TinyLM(loss_free(16, 8, 4, rate=0.25))

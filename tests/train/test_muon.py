@@ -2,6 +2,7 @@ import pytest
 import torch
 from tiny_training import equal, make_trainer, weights
 
+from himoe.build import build_model
 from himoe.config import load_config
 from himoe.train.muon import Muon, orthogonalise
 from himoe.train.optimizer import build_optimizer, hidden_matrices
@@ -111,8 +112,6 @@ def test_all_other_parameters_go_as_in_adamw():
 @pytest.fixture(scope="module")
 def model():
     """Layer 0 dense, layer 1 with experts and a shared expert; an untied head and unequal query and key heads."""
-    from himoe.build import build_model
-
     sets = ["moe.every=2", "moe.shared_dim=16", "model.tie_embeddings=false", "moe.options.expert_scale=true"]
     return build_model(load_config("lm_tiny", sets=sets), vocab_size=40)
 
@@ -141,6 +140,20 @@ def test_which_parameter_goes_where(model):
     assert {(group["momentum"], group["betas"]) for group in optimizer.param_groups} == {(0.8, (0.7, 0.9))}
     undecayed = {names[p] for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
     assert undecayed == {name for name, parameter in model.named_parameters() if parameter.ndim < 2}
+
+
+def test_gates_and_constants_beside_experts_are_adamws():
+    pools = "[{ num_experts = 6 }, { num_experts = 2, experts = 'constant' }]"
+    sets = [f"moe.pools={pools}", "moe.shared_dim=16", "moe.shared_gate=true", "moe.layers=[0]"]
+    built = build_model(load_config("lm_tiny", sets=sets), vocab_size=40)
+    names = {parameter: name for name, parameter in built.named_parameters()}
+    hidden = {names[parameter].removeprefix("blocks.0.feed_forward.") for parameter in hidden_matrices(built)}
+    assert {name for name in hidden if not name.startswith("blocks.")} == {
+        "experts.pools.0.gate_up_proj",
+        "experts.pools.0.down_proj",
+        "shared_expert.network.gate_up_proj.weight",
+        "shared_expert.network.down_proj.weight",
+    }
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):

@@ -18,6 +18,7 @@ VALUES = {
     "data.eval_tokens": 64,
     "moe.backend": "loop",
     "moe.force": "true",
+    "moe.allow_non_causal": "true",
     "train.accumulate": 2,
     "train.recompute": "full",
     "train.compile": "true",

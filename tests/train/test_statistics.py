@@ -1,7 +1,11 @@
+from functools import partial
+
 import pytest
 import torch
 
+from himoe import Balancer, Router
 from himoe.functional.groups import Groups
+from himoe.functional.selection import expert_choice, threshold, top_k, top_p
 from himoe.train.statistics import Statistics
 from himoe.types import RouterContext, Routing
 
@@ -83,6 +87,72 @@ def test_a_capacity_limit_cannot_hide_an_imbalance():
     assert layer["cv_window"] == pytest.approx(1.5**0.5)
     statistics.start_interval()
     assert statistics.read()[0]["drop_rate"] == 0
+
+
+class Logs(torch.nn.Module):
+    """A gate whose logits are the logarithm of what it is given."""
+
+    def forward(self, x):
+        return x.log()
+
+
+SHARES = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.6, 0.1], [0.3, 0.3, 0.2, 0.2]])
+
+
+def routed(selector, mask=None, shares=SHARES, **options):
+    router = Router(Logs(), selector, num_experts=4, **options)
+    statistics = Statistics([0], Groups.equal(4, 2), routers=[router])
+    step(statistics, [router(shares, mask)])
+    return statistics.read()[0]
+
+
+def test_experts_per_token_and_what_a_limit_cuts_off_by_hand():
+    # At p = 0.85 the tokens want 3, 3 and 4 experts, which hold 0.9, 0.9 and 1.
+    layer = routed(partial(top_p, p=0.85))
+    assert (layer["experts_per_token"], layer["truncated_mass"]) == (pytest.approx(10 / 3), 0)
+    layer = routed(partial(top_p, p=0.85, max_k=2))
+    assert layer["experts_per_token"] == 2
+    assert layer["truncated_mass"] == pytest.approx((0.2 + 0.1 + 0.4) / 3)
+    mask = torch.tensor([True, True, False])
+    layer = routed(partial(top_p, p=0.85, max_k=3), mask)
+    assert (layer["experts_per_token"], layer["truncated_mass"]) == (3, 0)
+    layer = routed(partial(top_p, p=0.85, max_k=1), mask)
+    assert layer["truncated_mass"] == pytest.approx((0.5 + 0.3) / 2)
+    layer = routed(partial(threshold, threshold=0.25, max_k=1))  # 2, 1 and 2 are above
+    assert (layer["experts_per_token"], layer["truncated_mass"]) == (1, pytest.approx((0.3 + 0 + 0.3) / 3))
+
+
+def test_a_fixed_number_of_experts_has_nothing_cut_off():
+    layer = routed(partial(top_k, k=2))
+    assert (layer["experts_per_token"], layer["truncated_mass"]) == (2, 0)
+
+
+def test_what_experts_lose_to_a_limit_of_the_tokens():
+    # Each takes one of three tokens: the first, the first, the second, the last. So the first keeps one of two.
+    shares = torch.tensor([[0.5, 0.4, 0.05, 0.05], [0.2, 0.1, 0.6, 0.1], [0.3, 0.2, 0.1, 0.4]])
+    assert routed(partial(expert_choice, k=1), shares=shares)["experts_per_token"] == pytest.approx(4 / 3)
+    layer = routed(partial(expert_choice, k=1, max_k=1), shares=shares)
+    assert (layer["experts_per_token"], layer["truncated_mass"]) == (1, pytest.approx(0.4 / 3))
+
+
+def test_what_is_wanted_is_what_the_balancers_let_the_selector_see():
+    class Shift(Balancer):
+        def adjust_choice(self, scores, context):
+            return scores - 0.15
+
+    layer = routed(partial(threshold, max_k=1), balancer=Shift())  # 3, 2 and 4 are above, of the scores without shift
+    assert layer["truncated_mass"] == pytest.approx((0.5 + 0.2 + 0.7) / 3)
+
+
+def test_micro_batches_and_steps_are_averaged():
+    router = Router(Logs(), partial(top_p, p=0.85, max_k=2), num_experts=4)
+    statistics = Statistics([0], Groups.equal(4, 2), routers=[router])
+    step(statistics, [router(SHARES[:1])], [router(SHARES[1:2])])
+    step(statistics, [router(SHARES[2:])], [router(torch.tensor([[0.97, 0.01, 0.01, 0.01]]))])
+    (layer,) = statistics.read()
+    assert layer["experts_per_token"] == 7 / 4 and layer["truncated_mass"] == pytest.approx(0.7 / 4)
+    statistics.start_interval()
+    assert statistics.read()[0]["experts_per_token"] == statistics.read()[0]["truncated_mass"] == 0
 
 
 def test_state_goes_through_a_checkpoint():

@@ -42,6 +42,7 @@ def test_a_hand_worked_layer():
     entropy = -sum(share * np.log(share) for share in (5 / 7, 1 / 7, 1 / 7))
     assert record["effective_experts"] == pytest.approx(np.exp(entropy))
     assert record["normalized_entropy"] == pytest.approx(entropy / np.log(4))
+    assert record["experts_per_token"] == 1
     assert (record["group_mass"], record["concentration"]) == (pytest.approx(1), pytest.approx(0.75))  # 1 and 1/2
 
 

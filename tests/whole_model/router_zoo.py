@@ -1,6 +1,7 @@
 """Small language models in fp64 with a router of each preset, and one optimizer step of them."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -8,21 +9,36 @@ from torch.nn import functional as F
 
 import himoe
 from himoe import Balancer, Capacity, Chain, DecoderLM, DualAscent, MoE, SwiGLUExperts, presets
-from himoe.balance import LogitCorrection, LossFree, Schedule, Switch, TwoLevelTerms, ZLoss
+from himoe.balance import (
+    ExpertThreshold,
+    LogitCorrection,
+    LossFree,
+    Momentum,
+    Phi,
+    Quantile,
+    Schedule,
+    Switch,
+    TwoLevelTerms,
+    ZLoss,
+)
 from himoe.nn import SwiGLU
 
 V, D, E, K, G = 17, 8, 8, 4, 4
 
 
 def everything(num_experts: int = E, groups: int = G) -> Balancer:
-    """Every balancer of this project in one chain, with rates that show."""
+    """Every balancer with a state of its own, and some without, in one chain with rates that show."""
     terms = TwoLevelTerms(num_experts, groups, lambda_intra=0.01, lambda_inter=0.02)
     return Chain(
         LogitCorrection(num_experts, tau=0.5, beta=0.5),
         DualAscent(terms, epsilon_inter=0.3, epsilon_intra=0.4, rate=0.1),
         Schedule(TwoLevelTerms(num_experts, groups, intra="entropy", inter="sparse"), "warmup", steps=3),
         Switch(weight=0.05),
+        Phi(num_experts, weight=0.05, rate=0.3),
         ZLoss(weight=0.01),
+        Quantile(num_experts, groups, selection_groups=groups),
+        Schedule(Momentum(num_experts, rate=0.01), "off_after", steps=4, scales="moves"),
+        ExpertThreshold(num_experts, groups, beta=0.5),
         LossFree(num_experts, rate=0.01),
     )
 
@@ -41,8 +57,10 @@ GROUPED = {
     "everything": _with_everything,
 }
 FLAT = {"switch": presets.switch, "loss_free": presets.loss_free, "deepseek_v3": presets.deepseek_v3}
+PUBLISHED = ("glm4_moe", "mixtral", "olmoe", "qwen3_moe", "st_moe", "switch_transformers", "remoe")
+FLAT |= {name: getattr(presets, name) for name in PUBLISHED} | {"remoe": partial(presets.remoe, start=0.01)}
 ALL = [*GROUPED, *FLAT]
-CAUSAL = ["hi_moe", "moge", "everything", "switch", "loss_free", "deepseek_v3"]
+CAUSAL = ["hi_moe", "moge", "everything", "switch", "loss_free", "deepseek_v3", *PUBLISHED]
 
 
 def make_router(name: str, num_experts: int = E, top_k: int = K):
@@ -113,6 +131,6 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float = 0.
     )
 
 
-def capacity(order: str = "token_major") -> Callable[[], nn.Module]:
+def capacity(order: str = "token_major", factor: float = 0.75) -> Callable[[], nn.Module]:
     """Places so few that pairs are dropped."""
-    return lambda: Capacity(0.75, order=order)
+    return lambda: Capacity(factor, order=order)

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import himoe
 from himoe.balance import Switch, TwoLevelTerms
 from himoe.functional import stats
+from himoe.functional.histogram import BINS
 from himoe.train.evaluate import Reading, evaluate_domains
 from himoe.train.optimizer import build_optimizer, decay_groups
 from himoe.train.texts import Text
@@ -112,6 +113,8 @@ def test_what_is_kept_between_micro_batches_is_of_size_e():
     for _ in range(3):
         router.balancer.observe(router(torch.randn(400, 8)))
     sums = [value for part in router.balancer.modules() for value in getattr(part, "sums", {}).values()]
-    assert sum(value.numel() for value in sums) <= 2 * num_experts + 8
+    histograms = [value for value in sums if value.ndim == 2]
+    assert sum(value.numel() for value in sums if value.ndim < 2) <= 4 * num_experts + 8
+    assert [value.shape for value in histograms] == [(num_experts, BINS)] * 2
     assert not any(value.requires_grad for value in sums)
     assert V < 400

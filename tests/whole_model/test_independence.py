@@ -41,7 +41,7 @@ def test_later_tokens_never_change_earlier_logits(name, training):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", CAUSAL)
 def test_nor_do_they_take_their_places(name, training):
-    model = moved(name, dispatcher=capacity()).train(training)
+    model = moved(name, dispatcher=capacity(factor=0.25)).train(training)
     assert suffix_change(model) < 1e-12
     _, routings = model(token_ids(1, 20))
     assert any(stats.drop_rate(routing) > 0 for routing in routings) == training  # in eval nothing is dropped
@@ -88,7 +88,8 @@ def test_one_token_and_one_repeated_token(name):
         assert finite(model)
     layer = himoe.moe_layers(make_model(name, dtype=torch.float32))[0]
     y, routing = layer(torch.randn(1, 8))
-    assert y.isfinite().all() and stats.load(routing).sum() == routing.top_k
+    assert y.isfinite().all() and stats.load(routing).sum() == routing.selected.sum()
+    assert routing.selected.all() or name == "remoe"  # all others have exactly K experts
 
 
 @pytest.mark.parametrize("name", ALL)

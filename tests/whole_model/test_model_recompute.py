@@ -65,7 +65,7 @@ def test_recompute_changes_no_bit(name, mode):
 
 
 class FickleGate(nn.Module):
-    """A gate that orders the experts one way in every first pass and the other way in every second one."""
+    """A gate that orders experts and tokens one way in every first pass and the other way in every second one."""
 
     def __init__(self, gate: nn.Module) -> None:
         super().__init__()
@@ -77,7 +77,8 @@ class FickleGate(nn.Module):
 
     def forward(self, x):
         self.calls += 1
-        return self.gate(x) * 0 + torch.arange(E, dtype=x.dtype) * (1e-9 if self.calls % 2 else -1e-9)
+        spread = torch.arange(1, len(x) + 1, dtype=x.dtype)[:, None] * torch.arange(E, dtype=x.dtype)
+        return self.gate(x) * 0 + spread * (1e-11 if self.calls % 2 else -1e-11)
 
 
 def fickle(name, dispatcher=None):
@@ -87,7 +88,11 @@ def fickle(name, dispatcher=None):
     return model
 
 
-@pytest.mark.parametrize("dispatcher", [None, capacity()], ids=["dropless", "capacity"])
+@pytest.mark.parametrize(
+    "dispatcher",
+    [None, capacity(), capacity("score"), capacity("batch_prioritised")],
+    ids=["dropless", "capacity", "by score", "batch prioritised"],
+)
 @pytest.mark.parametrize("name", ["hi_moe", "moge", "switch", "loss_free", "deepseek_v3"])
 def test_the_first_choice_is_kept_where_a_second_would_be_another(name, dispatcher):
     """Every choice flips when the layer runs again; forward and backward use the first all the same."""

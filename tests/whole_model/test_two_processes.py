@@ -110,9 +110,9 @@ def test_two_ranks_are_one_process_with_both_micro_batches(ranks):
         assert all(same(found, want, 1e-7) for found, want in zip(rank["steps"], expected, strict=True))
     lonely = plain_steps([0])
     assert not same(expected[0], lonely[0], 1e-4)  # the other rank's tokens do matter
-    for name in ("mean_logits", "multipliers", "bias"):
-        (found,) = [value for key, value in ranks[0]["steps"][-1].items() if key.endswith(name)]
-        assert found.abs().max() > 1e-3, name
+    for name in ("mean_logits", "multipliers", "bias", "momentum", "cutoff"):
+        found = [value for key, value in ranks[0]["steps"][-1].items() if key.endswith(name)]
+        assert found and all(value.abs().max() > 1e-3 for value in found), name
 
 
 def test_state_is_identical_on_all_ranks(ranks):

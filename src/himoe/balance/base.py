@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from himoe.types import RouterContext, Routing
 
+STEP_COUNTS = "step_counts"
+"""Name of the sum (E,) in which a balancer with `needs_step_counts` counts the selected pairs it has observed."""
+
 
 class Balancer(nn.Module):
     """Base of all balancing strategies; override the hooks you need.
@@ -30,8 +33,26 @@ class Balancer(nn.Module):
     balances_load: ClassVar[bool] = False
     """True for a strategy that by itself drives the experts towards equal load."""
 
+    alpha: float | None = None
+    """Weight of a loss that near balance pulls as `Switch` of this weight does; None for all other strategies."""
+
     causal: bool = True
     """False for a strategy with which a later token can change an earlier one's routing: not for language models."""
+
+    bias_step: float | None = None
+    """How far an optimizer step moves what is added to the scores of the choice, where that is a rate; else None."""
+
+    bias_multiplies: bool = False
+    """True where scores are multiplied instead, by what `bias_step` moves from 1."""
+
+    needs_noise: ClassVar[bool] = False
+    """True for a strategy whose losses need a gate that adds noise, one with a method `noise_std`."""
+
+    needs_step_counts: bool = False
+    """True for a strategy whose losses read `routing.step_counts`; its `observe` accumulates them as `STEP_COUNTS`."""
+
+    passes_on: ClassVar[bool] = False
+    """True for a balancer around others that adds no losses and no moves of its own to theirs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,14 +108,14 @@ def step_balancers(balancers: Iterable[Balancer]) -> None:
     """Add up the sums of all ranks in one all-reduce, let every balancer step, and empty the sums."""
     outer = list(dict.fromkeys(balancers))  # one that two layers share moves once
     every = list(dict.fromkeys(m for b in outer for m in b.modules() if isinstance(m, Balancer)))
-    _all_reduce([m.sums for m in every])
+    add_over_ranks([m.sums for m in every])
     for balancer in outer:
         balancer.step()
     for balancer in every:
         balancer.sums.clear()
 
 
-def _all_reduce(sums: list[dict[str, Tensor]]) -> None:
+def add_over_ranks(sums: list[dict[str, Tensor]]) -> None:
     """Replace every tensor by its sum over ranks: one stacked fp64 all-reduce, exact for counts below 2⁵³."""
     places = [(holder, name) for holder in sums for name in sorted(holder)]
     if not places or not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):

@@ -21,6 +21,7 @@ class Chain(Balancer):
     2
     """
 
+    passes_on = True
     parts: Sequence[Balancer]
 
     def __init__(self, *balancers: Balancer) -> None:

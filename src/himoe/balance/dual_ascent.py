@@ -16,11 +16,10 @@ from torch import Tensor
 
 from himoe.balance.base import Balancer
 from himoe.errors import ConfigError
+from himoe.functional.feasibility import check_feasible
 from himoe.functional.groups import Groups
 from himoe.functional.masked import token_count
 from himoe.types import Routing
-
-ROUNDING = 1e-9
 
 
 @runtime_checkable
@@ -70,41 +69,16 @@ class DualAscent(Balancer):
             raise ConfigError(f"dual_ascent: rate = {rate} must be ≥ 0 and maximum = {maximum} above 0")
         self.terms = terms
         self.epsilon_intra, self.epsilon_inter, self.rate, self.maximum = epsilon_intra, epsilon_inter, rate, maximum
-        self._check_feasible()
+        check_feasible(
+            terms.intra,
+            terms.inter,
+            terms.groups,
+            epsilon_intra=epsilon_intra,
+            epsilon_inter=epsilon_inter,
+            one_source=terms.inter == "dense" or terms.source == "corrected",  # selected forms look at corrected p
+        )
         self._start = (float(terms.lambda_intra), float(terms.lambda_inter))
         self.register_buffer("multipliers", torch.tensor(self._start, dtype=torch.float32))
-
-    def _check_feasible(self) -> None:
-        intra, inter, groups = self.terms.intra, self.terms.inter, self.terms.groups
-        least_overlap = {
-            "global": 1 - 1 / groups.num_experts,
-            "group_conditional": 1 - sum(1 / s for s in groups.sizes) / groups.num_groups,
-        }
-        # Bounds over all probabilities; for the selected forms with one expert per group, more only raise B.
-        least_inter = {"dense": 1 / groups.num_groups} | dict.fromkeys(
-            ("sparse", "selected"), 1 / sum(s * s for s in groups.sizes)
-        )
-        if intra not in least_overlap or inter not in least_inter:
-            raise ConfigError(f"dual_ascent: intra = {intra!r} with inter = {inter!r}: only the l2 forms have bounds")
-        if not least_inter[inter] < self.epsilon_inter <= 1:
-            raise ConfigError(
-                f"dual_ascent: epsilon_inter = {self.epsilon_inter} is infeasible for {inter}: "
-                f"must be above {least_inter[inter]:.6g} and at most 1"
-            )
-        if not 0 < self.epsilon_intra <= least_overlap[intra]:
-            raise ConfigError(
-                f"dual_ascent: epsilon_intra = {self.epsilon_intra} is infeasible for {intra}: "
-                f"must be above 0 and at most {least_overlap[intra]:.6g}"
-            )
-        # Σp² ≤ Σm², and with a_g the largest p of group g, which is selected: Σp² ≤ max a ≤ √Σa², Σp² ≤ S·Σa².
-        selected_most = min(self.epsilon_inter**0.5, max(groups.sizes) * self.epsilon_inter)
-        most = self.epsilon_inter if inter == "dense" else selected_most
-        one_source = inter == "dense" or self.terms.source == "corrected"  # selected forms look at corrected p
-        if intra == "global" and one_source and 1 - self.epsilon_intra > most + ROUNDING:
-            raise ConfigError(
-                f"dual_ascent: epsilon_intra = {self.epsilon_intra} asks for Σp² ≥ {1 - self.epsilon_intra:.6g}, "
-                f"but {inter} ≤ epsilon_inter = {self.epsilon_inter} allows at most {most:.6g}; raise one of the two"
-            )
 
     def reset_parameters(self) -> None:
         """Return to the starting multipliers."""

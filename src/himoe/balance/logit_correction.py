@@ -31,6 +31,7 @@ class LogitCorrection(Balancer):
     """
 
     mean_logits: Tensor
+    causal_reason = "the mean of the same batch holds later tokens; mean_from = previous is causal"
 
     def __init__(
         self,

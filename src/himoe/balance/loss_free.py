@@ -9,7 +9,8 @@
 | `rms` | u·e/RMS(e), e = mean(c) − c |
 
 Counts are summed over micro-batches and ranks; padding and eval are excluded. `centred` subtracts the mean of each
-move. `multiplicative` ranks by s·b instead, b starting at 1 and kept positive.
+move. `multiplicative` ranks by s·b instead, b starting at 1 and kept positive. DeepSeek-V3 lets the bias stand still in
+the last part of training: `Schedule(…, "off_after", scales="moves")` does that.
 """
 
 from typing import ClassVar
@@ -33,14 +34,12 @@ class LossFree(Balancer):
         update: `sign` (the paper), `proportional` or `rms`.
         centred: keep the sum of the biases where it is.
         multiplicative: rank by s·b; needs positive scores.
-        freeze_after: optimizer steps after which the bias stands still, as in the last part of DeepSeek-V3's training.
 
-    State: `bias` (E,) fp32, and with `freeze_after` the int64 `num_steps`.
+    State: `bias` (E,) fp32.
     """
 
     balances_load: ClassVar[bool] = True
     bias: Tensor
-    num_steps: Tensor
 
     def __init__(
         self,
@@ -50,27 +49,20 @@ class LossFree(Balancer):
         update: str = "sign",
         centred: bool = False,
         multiplicative: bool = False,
-        freeze_after: int | None = None,
     ) -> None:
         super().__init__()
         if update not in ("sign", "proportional", "rms"):
             raise ConfigError(f"loss_free: update = {update!r} must be sign, proportional or rms")
         if not 0 <= rate < float("inf"):
             raise ConfigError(f"loss_free: rate = {rate} must be ≥ 0 and finite")
-        if freeze_after is not None and freeze_after < 0:
-            raise ConfigError(f"loss_free: freeze_after = {freeze_after} must be ≥ 0")
         self.rate, self.update, self.centred, self.multiplicative = rate, update, centred, multiplicative
-        self.freeze_after = freeze_after
+        self.bias_step, self.bias_multiplies = rate, multiplicative  # of the other updates, the typical size
         start = torch.full((num_experts,), float(multiplicative), dtype=torch.float32)
         self.register_buffer("bias", start)
-        if freeze_after is not None:
-            self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
 
     def reset_parameters(self) -> None:
         """Start from a bias that changes nothing: 0, or 1 when multiplicative."""
         self.bias.fill_(float(self.multiplicative))
-        if self.freeze_after is not None:
-            self.num_steps.zero_()
 
     def adjust_choice(self, scores: Float[Tensor, "T E"], context: RouterContext) -> Float[Tensor, "T E"]:  # noqa: ARG002
         """Return s + b, or s·b when multiplicative."""
@@ -83,14 +75,9 @@ class LossFree(Balancer):
     def step(self) -> None:
         """Move the bias once, against the excess of each expert."""
         if self.sums:
-            move = self._move(self.sums["counts"])
-            if self.freeze_after is not None:
-                move = move * (self.num_steps < self.freeze_after)
-            self.bias.add_(move.to(self.bias.dtype))
+            self.bias.add_(self._move(self.sums["counts"]).to(self.bias.dtype))
             if self.multiplicative:
                 self.bias.clamp_(min=torch.finfo(self.bias.dtype).eps)
-        if self.freeze_after is not None:
-            self.num_steps.add_(1)
 
     def _move(self, counts: Tensor) -> Tensor:
         total = counts.sum()

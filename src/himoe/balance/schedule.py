@@ -1,8 +1,11 @@
-"""`Schedule`: scales any balancer's losses over the optimizer steps.
+"""`Schedule`: scales any balancer's losses, or the moves of its state, over the optimizer steps.
 
 The Hi-MoE paper (arXiv 2605.08292) trains all its terms jointly; the authors' code can warm the intra-group term up
 linearly; a reading that neither supports has two stages, first the inter-group term alone and then both. All three are
 schedules of the same terms, so that an ablation can settle which one matters.
+
+Controllers have no losses but a state that moves once per step. DeepSeek-V3 (arXiv 2412.19437) stops its bias for the
+last part of training: `off_after` on the moves. The same way `warmup` ramps the rate of any controller.
 """
 
 import torch
@@ -15,26 +18,53 @@ from himoe.types import RouterContext, Routing
 
 
 class Schedule(Balancer):
-    """Multiply losses of a balancer by a factor that depends on the optimizer step.
+    """Multiply a balancer's losses, or the moves of its state, by a factor that depends on the optimizer step.
 
     Args:
         balancer: any balancer; all its hooks stay in force.
         kind: `warmup`, min(step/steps, 1) · `two_stage`, 0 before `steps`, then 1 · `off_after`, 1 before `steps`,
             then 0. `step` counts optimizer steps from 0.
         steps: length of the first part, ≥ 1.
+        scales: `losses`, or `moves`: each optimizer step then takes the floating-point state from `before` only to
+            before + factor·(after − before); integers, which count, move as they are. None: the losses of a balancer
+            that has some, else its moves.
         only: names of the losses to scale; None scales all.
+
+    Raises:
+        ConfigError: options out of range, or a balancer without that which is to be scaled.
     """
 
+    passes_on = True
     KINDS = ("warmup", "two_stage", "off_after")
+    SCALES = ("losses", "moves")
     num_steps: Tensor
 
-    def __init__(self, balancer: Balancer, kind: str, *, steps: int, only: tuple[str, ...] | None = None) -> None:
+    def __init__(
+        self,
+        balancer: Balancer,
+        kind: str,
+        *,
+        steps: int,
+        scales: str | None = None,
+        only: tuple[str, ...] | None = None,
+    ) -> None:
         super().__init__()
         if kind not in self.KINDS:
             raise ConfigError(f"schedule = {kind!r}: must be one of {', '.join(self.KINDS)}")
         if steps < 1:
             raise ConfigError(f"schedule {kind}: steps = {steps} must be at least 1")
-        self.balancer, self.kind, self.steps, self.only = balancer, kind, steps, only
+        has = {"losses": _has_losses(balancer), "moves": _moves(balancer)}
+        if scales is None:
+            scales = "losses" if has["losses"] or only is not None else "moves"
+        if scales not in self.SCALES:
+            raise ConfigError(f"schedule {kind}: scales = {scales!r} must be one of {', '.join(self.SCALES)}")
+        if scales == "moves" and only is not None:
+            raise ConfigError(f"schedule {kind}: only = {only} names losses; leave it out with scales = 'moves'")
+        if not has[scales]:
+            name = type(balancer).__name__
+            other = next((f"; it has {key}, so give scales = {key!r}" for key in self.SCALES if has[key]), "")
+            raise ConfigError(f"schedule {kind}: scales = {scales!r}, but {name} has no {scales} to scale{other}")
+        self.balancer, self.kind, self.steps, self.scales, self.only = balancer, kind, steps, scales, only
         self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
 
     def reset_parameters(self) -> None:
@@ -57,7 +87,9 @@ class Schedule(Balancer):
         return self.balancer.adjust_choice(scores, context)
 
     def losses(self, routing: Routing) -> dict[str, Float[Tensor, ""]]:
-        """Return the balancer's losses, those named in `only` multiplied by the factor."""
+        """Return the balancer's losses, multiplied by the factor where they are what is scaled."""
+        if self.scales == "moves":
+            return self.balancer.losses(routing)
         factor = self.factor()
         return {
             name: value * factor if self.only is None or name in self.only else value
@@ -69,6 +101,30 @@ class Schedule(Balancer):
         self.balancer.observe(routing)
 
     def step(self) -> None:
-        """Let the balancer step and count one optimizer step."""
-        self.balancer.step()
+        """Let the balancer step, as far as the factor allows where moves are scaled, and count one optimizer step."""
+        if self.scales == "moves":
+            state = [buffer for buffer in self.balancer.buffers() if buffer.is_floating_point()]
+            before, factor = [buffer.clone() for buffer in state], self.factor()
+            self.balancer.step()
+            for buffer, old in zip(state, before, strict=True):
+                buffer.copy_(torch.lerp(old, buffer, factor.to(buffer.dtype)))  # exact at factors 0 and 1
+        else:
+            self.balancer.step()
         self.num_steps.add_(1)
+
+
+def _parts(balancer: Balancer) -> list[Balancer]:
+    """Return the balancer and those within it, without the ones that only pass on what others do."""
+    return [part for part in balancer.modules() if isinstance(part, Balancer) and not part.passes_on]
+
+
+def _has_losses(balancer: Balancer) -> bool:
+    return any(type(part).losses is not Balancer.losses for part in _parts(balancer))
+
+
+def _moves(balancer: Balancer) -> bool:
+    """Return whether a step moves state that is not a count."""
+    return any(
+        type(part).step is not Balancer.step and any(buffer.is_floating_point() for buffer in part.buffers())
+        for part in _parts(balancer)
+    )

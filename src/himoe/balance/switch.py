@@ -33,6 +33,7 @@ class Switch(Balancer):
         if weight < 0 or source not in ("raw", "corrected"):
             raise ConfigError(f"switch: weight = {weight} must be ≥ 0, source = {source!r} raw or corrected")
         self.weight, self.source = weight, source
+        self.alpha = weight
 
     def losses(self, routing: Routing) -> dict[str, Float[Tensor, ""]]:
         """Return the weighted loss of this layer."""

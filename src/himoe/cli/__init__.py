@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Sequence
 
 import himoe
+from himoe.cli.check import Check
 from himoe.cli.evaluate import Eval
 from himoe.cli.generate import Generate
 from himoe.cli.listing import List
@@ -22,7 +23,15 @@ from himoe.cli.report import Report
 from himoe.cli.train import Train
 from himoe.errors import ConfigError, HimoeError, HimoeWarning, nearest
 
-VERBS = {"prepare": Prepare, "train": Train, "eval": Eval, "generate": Generate, "report": Report, "list": List}
+VERBS = {
+    "prepare": Prepare,
+    "train": Train,
+    "eval": Eval,
+    "generate": Generate,
+    "report": Report,
+    "check": Check,
+    "list": List,
+}
 
 ALLOCATION_FAILED = ("can't allocate memory", "not enough memory", "out of memory", "storage size calculation overflow")
 LESS_MEMORY = "make its sizes or train.seq_len smaller, or raise train.accumulate (docs/configuration.md)"

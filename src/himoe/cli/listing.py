@@ -1,51 +1,49 @@
 """`himoe list`: what can be put in a configuration."""
 
 import json
+import sys
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
 from rich.console import Console
 from tyro.conf import Positional
 
-from himoe.cli.catalogue import KINDS, details, entries
+from himoe.cli.card_page import print_card
+from himoe.cli.cards import card
+from himoe.cli.catalogue import KINDS, SINGULAR, entries, table_of
 from himoe.cli.parsing import Verb, option
-from himoe.cli.tables import print_details, print_entries
-
-# How an entry stands in a configuration file.
-USE = {
-    "presets": '[moe]\npreset = "{0}"\n\n[moe.options]  # its own options follow, a line each',
-    "selectors": '[moe]\nselector = "{0}"  # in place of a preset\n\n[[moe.balancers]]\nname = "switch"',
-    "scores": '[moe]\nselector = "top_k"\nscore = "{0}"\n\n[[moe.balancers]]\nname = "switch"',
-    "experts": '[moe]\nexperts = "{0}"',
-    "balancers": '[[moe.balancers]]\nname = "{0}"  # its own options follow, a line each',
-}
+from himoe.cli.tables import print_entries
 
 
 @dataclass(kw_only=True)
 class List(Verb):
-    """List balancers, selectors, scores, experts, presets and recipes.
+    """List what a configuration can name, or show one entry in full.
 
     Examples:
       himoe list
-          all tables
+          all tables: name, what it is, its paper
       himoe list presets
           one of them
-      himoe list balancers loss_free
-          one entry in full, with its options
+      himoe list hi_moe
+          one entry in full: source, formula, options, state, use
+      himoe list balancers switch
+          the same where two tables have the name
+      himoe list balancers my_package.module:MyBalancer
+          one of your own
       himoe list recipes lm_tiny > my.toml
           a recipe's text, to start a file of your own
     """
 
-    kind: Annotated[Positional[str | None], option("[TABLE]")] = None
-    """balancers, selectors, scores, experts, presets or recipes. Without it: all."""
+    kind: Annotated[Positional[str | None], option("[TABLE | NAME]")] = None
+    """balancers, gates, selectors, scores, experts, presets or recipes; or an entry's name. Without it: all tables."""
     name: Annotated[Positional[str | None], option("[NAME]")] = None
     """One entry, in full."""
 
     def run(self, command: list[str]) -> int:  # noqa: ARG002
         """Print the tables, or one entry."""
-        if self.kind and self.name:
-            found = details(self.kind, self.name)
-            print(json.dumps(found)) if self.as_json else print_details(found, USE.get(self.kind, "").format(self.name))
+        name = self.name or (self.kind if self.kind not in KINDS else None)
+        if name:
+            self._show(name, self.kind if self.name else None)
             return 0
         tables = {kind: entries(kind) for kind in ([self.kind] if self.kind else KINDS)}
         if self.as_json:
@@ -53,3 +51,11 @@ class List(Verb):
         else:
             print_entries(Console(), tables)
         return 0
+
+    def _show(self, name: str, kind: str | None) -> None:
+        """Print one entry's card, from the table that has it."""
+        table = table_of(name, kind)
+        if kind and kind != table:
+            print(f"himoe: {name} is not in {kind}; it is a {SINGULAR[table]}:", file=sys.stderr)
+        found = card(table, name)
+        print(json.dumps(asdict(found))) if self.as_json else print_card(Console(), found)

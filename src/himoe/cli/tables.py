@@ -66,7 +66,7 @@ def _print_buckets(console: Console, result: Mapping[str, Any]) -> None:
     if len(context) < 2 and len(length) < 2:
         return
     console.print("[bold]Bits per byte by number of tokens[/bold]", highlight=False)
-    table = _table("tokens", ["seen before", "share", "in the document", "share"])
+    table = simple_table("tokens", ["seen before", "share", "in the document", "share"])
     ends = {row["from"]: row["to"] for row in [*result["by_context"], *result["by_length"]]}
     total = sum(row["tokens"] for row in context.values())
     for first, last in sorted(ends.items()):
@@ -89,7 +89,7 @@ def _print_usage(console: Console, result: Mapping[str, Any]) -> None:
     several = len(domains) > 1
     columns = ["MaxVio", "CV", "effective", "dead"] + ["MaxVio, worst domain", "I", "I, floor"] * several
     console.print("[bold]Use of the experts on this text[/bold]", highlight=False)
-    table = _table("layer", columns)
+    table = simple_table("layer", columns)
     for layer in layers:
         number = layer["layer"]
         cells = [_number(layer["max_vio_global"]), _number(layer["cv_global"])]
@@ -119,7 +119,7 @@ def print_domains(console: Console, result: Mapping[str, Any]) -> None:
     compared = any(values.get("bigram") for values in result["domains"].values())
     extra = ["unigram", "bigram", "under bigram"] if compared else []
     console.print("[bold]Bits per byte[/bold]")
-    table = _table("domain", ["model", *extra, "perplexity"])
+    table = simple_table("domain", ["model", *extra, "perplexity"])
     for name, values in result["domains"].items():
         baselines = []
         if compared:
@@ -146,11 +146,15 @@ def print_layers(console: Console, layers: Sequence[Mapping[str, Any]]) -> None:
         "Σm²": "group_mass",
         "C": "concentration",
     }
+    if any(layer.get("experts_per_token", 0) % 1 for layer in layers):
+        columns["experts"] = "experts_per_token"
+    if any(layer.get("truncated_mass") for layer in layers):
+        columns["cut off"] = "truncated_mass"
     if any(layer.get("drop_rate") for layer in layers):
         columns["dropped"] = "drop_rate"
     dead = any(layer.get("dead_experts") for layer in layers)
     console.print("[bold]Balance of the layers[/bold]", highlight=False)
-    table = _table("layer", [*columns, *["dead"] * dead])
+    table = simple_table("layer", [*columns, *["dead"] * dead])
     for layer in layers:
         cells = [_number(layer.get(key)) for key in columns.values()]
         table.add_row(str(layer["layer"]), *cells, *[str(len(layer.get("dead_experts") or []))] * dead)
@@ -164,36 +168,32 @@ def print_layers(console: Console, layers: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_entries(console: Console, tables: Mapping[str, Sequence[Entry]]) -> None:
-    """Print each table's names with their one-line descriptions; a recipe stands under the one that it lies over."""
-    indents: dict[str, str] = {}
-    for table in tables.values():
-        for entry in table:
-            indents[entry.name] = "  " + indents.get(entry.base or "", "")
-    width = max(len(indents[entry.name] + entry.name) for table in tables.values() for entry in table)
+    """Print each table's names with what they are in a line and their paper; a recipe stands under its base."""
     for kind, table in tables.items():
         console.print(f"[bold]{kind}[/bold]")
         lines = Table.grid(padding=(0, 2))
-        lines.add_column(min_width=width)
+        lines.width = min(console.width, 120)
         lines.add_column()
+        lines.add_column(ratio=1)
+        if papers := any(entry.paper for entry in table):
+            lines.add_column(max_width=16)
+        indents: dict[str, str] = {}
         for entry in table:
-            lines.add_row(indents[entry.name] + entry.name, escape(entry.description))
+            indents[entry.name] = "  " + indents.get(entry.base or "", "")
+            row = [indents[entry.name] + entry.name, escape(entry.description)]
+            lines.add_row(*row, *[entry.paper or ""] * papers)
         console.print(lines, highlight=False)
         console.print()
-    console.print("himoe list TABLE NAME shows an entry in full.", style="dim", highlight=False)
+    if any(entry.paper for table in tables.values() for entry in table):
+        text = "On the right: the paper, a number at https://arxiv.org/abs/NUMBER."
+        console.print(text, style="dim", highlight=False)
+    console.print("himoe list NAME shows an entry in full.", style="dim", highlight=False)
     if "recipes" in tables:
         console.print("himoe train RECIPE --dry-run shows a recipe with every key.", style="dim", highlight=False)
 
 
-def print_details(found: Mapping[str, str], use: str) -> None:
-    """Print one entry as plain text, and its use in a configuration; a recipe exactly as it is in its file."""
-    if found["signature"]:
-        print(f"{found['name']}: {found['where']}\n\n{found['signature']}\n")
-    print(found["text"].rstrip())
-    if use:
-        print(f"\nIn a configuration:\n\n{use}")
-
-
-def _table(first: str, columns: Sequence[str]) -> Table:
+def simple_table(first: str, columns: Sequence[str]) -> Table:
+    """Return a table without lines: the first column to the left, the others to the right."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(first)
     for column in columns:

@@ -62,12 +62,15 @@ class Train(Verb):
     """Go on from the last checkpoint of the run at --out, or else of the newest unfinished run."""
     force: Annotated[bool, option()] = False
     """Overwrite the run folder if it exists."""
+    allow_non_causal: Annotated[bool, option()] = False
+    """Train although later tokens can change the routing of earlier ones, so that the loss is too good."""
     profile: Annotated[bool, option()] = False
     """Record a few steps in profile/ of the run folder: a trace, and the operations that take the time."""
     find_learning_rate: Annotated[bool, option()] = False
     """Train with a rising learning rate until it breaks, suggest one, and write nothing."""
     dry_run: Annotated[bool, option()] = False
-    """Print the resolved configuration and write nothing."""
+    """Print the resolved configuration and write nothing. Refuses what building the model refuses, such as options that
+    a part does not have; text, tokenizer, a run to start from, and your own experts at work are not looked at."""
 
     def run(self, command: list[str]) -> int:
         """Train, and print the closing tables.
@@ -78,6 +81,9 @@ class Train(Verb):
         if self.find_learning_rate:
             self._refuse_what_a_search_ignores()
         if self.dry_run:
+            from himoe.build import check_model
+
+            check_model(config)
             print(json.dumps(config.model_dump(mode="json")) if self.as_json else format_document(config.model_dump()))
             return 0
         console = Console(stderr=self.as_json)
@@ -104,6 +110,8 @@ class Train(Verb):
         overrides: dict[str, Any] = {} if self.seed is None else {"seed": self.seed}
         if self.data:
             overrides["data"] = {"path": str(self.data), "sources": None}
+        if self.allow_non_causal:
+            overrides["moe"] = {"allow_non_causal": True}
         if self.init_from:
             overrides["train"] = {"init_from": str(self.init_from)}
         source = self.recipe
@@ -128,7 +136,10 @@ class Train(Verb):
             )
         run = existing_run(self.out) if self.out else newest_unfinished()
         stored = run / "config.json"
-        return load_config(stored, sets=self.changes, overrides=_kept_weights(stored, self.changes)), run
+        overrides = _kept_weights(stored, self.changes)
+        if self.allow_non_causal:
+            overrides["moe"] = {"allow_non_causal": True}
+        return load_config(stored, sets=self.changes, overrides=overrides), run
 
     def _refuse_what_a_search_ignores(self) -> None:
         given = {"--out": self.out, "--force": self.force, "--profile": self.profile}

@@ -8,7 +8,7 @@ it.
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from types import NoneType
@@ -21,12 +21,23 @@ from himoe.config.schema import Config
 from himoe.config.toml import split_assignment
 from himoe.errors import ConfigError, nearest
 
-# A layer that sets the key on the left, to anything but none, drops what lower layers said about those on the right.
+# A layer that sets the key on the left, to anything but none or an empty list, drops what lower layers said about those
+# on the right.
 RETIRES = {
     "data.path": ("data.sources", "data.weights"),
     "data.sources": ("data.path", "data.domain_column"),
-    "moe.preset": ("moe.options", "moe.balancers", "moe.selector", "moe.score"),
-    "moe.selector": ("moe.preset", "moe.options", "moe.score"),
+    "moe.preset": (
+        "moe.options",
+        "moe.balancers",
+        "moe.selector",
+        "moe.selector_options",
+        "moe.score",
+        "moe.gate",
+        "moe.gate_options",
+    ),
+    "moe.selector": ("moe.preset", "moe.options", "moe.score", "moe.selector_options"),
+    "moe.gate": ("moe.gate_options",),
+    "moe.pools": ("moe.num_experts", "moe.experts"),
     "moe.groups": ("moe.num_groups", "moe.top_k_per_group"),
     "moe.num_groups": ("moe.groups", "moe.top_k_per_group"),
     "moe.top_k": ("moe.top_k_per_group",),
@@ -62,7 +73,7 @@ def merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
     kept = deepcopy(dict(base))
     for key, others in RETIRES.items():
         section, _, name = key.partition(".")
-        if _section(layer, section).get(name) not in (None, "none"):
+        if _section(layer, section).get(name) not in (None, "none", []):
             for other in others:
                 _drop(kept, other)
     sources, below = (_section(tree, "data").get("sources") for tree in (layer, base))
@@ -162,14 +173,23 @@ def _read(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _nulls(tree: dict[str, Any]) -> dict[str, Any]:
+def _nulls(table: Mapping[str, Any], model: type[BaseModel] = Config) -> dict[str, Any]:
     """Read `"none"` as null wherever a key may be null, since TOML has no word for it."""
-    clean = dict(tree)
-    for section, field in Config.model_fields.items():
-        table = clean.get(section)
-        if isinstance(table, dict) and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            optional = {k for k, leaf in field.annotation.model_fields.items() if NoneType in get_args(leaf.annotation)}
-            clean[section] = {
-                key: None if key in optional and value == "none" else value for key, value in table.items()
-            }
+    clean = dict(table)
+    for key, field in model.model_fields.items():
+        value, kinds = clean.get(key), _kinds_of(field.annotation)
+        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if value == "none" and NoneType in get_args(field.annotation):
+            clean[key] = None
+        elif inner and isinstance(value, Mapping):
+            clean[key] = _nulls(value, inner)
+        elif inner and isinstance(value, list):
+            clean[key] = [_nulls(item, inner) if isinstance(item, Mapping) else item for item in value]
     return clean
+
+
+def _kinds_of(annotation: Any) -> Iterator[Any]:
+    """Yield an annotation and what stands inside it: `list[A] | None` holds `A`."""
+    yield annotation
+    for inner in get_args(annotation):
+        yield from _kinds_of(inner)

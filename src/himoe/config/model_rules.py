@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from himoe.config.rulebook import Rulebook, multiple
-from himoe.registry import GROUPED_PRESETS, GROUPED_SELECTORS
+from himoe.registry import GROUPED_PRESETS, GROUPED_SCORES, GROUPED_SELECTORS
 
 rule = Rulebook()
 
@@ -93,16 +93,19 @@ def _groups_hold_every_expert(groups: list[list[int]] | None, num_experts: int) 
 
 @rule("moe.num_groups", "moe.groups")
 def _number_of_groups(num_groups: int, groups: list[list[int]] | None) -> str | None:
-    if groups is None or num_groups == len(groups):
+    if not groups or num_groups == len(groups):
         return None
     return f"moe.groups lists {len(groups)} groups; leave moe.num_groups out"
 
 
-@rule("moe.groups", "moe.preset", "moe.selector")
-def _groups_need_grouped_selection(
-    groups: list[list[int]] | None, preset: str | None, selector: str | None
+@rule("moe.groups", "moe.preset", "moe.selector", "moe.balancers")
+def _groups_need_what_goes_by_group(
+    groups: list[list[int]] | None, preset: str | None, selector: str | None, balancers: list[dict[str, Any]]
 ) -> str | None:
-    return _only_grouped(preset, selector) if groups is not None else None
+    if groups is None or any(balancer.get("per_group") for balancer in balancers):
+        return None
+    refused = _only_grouped(preset, selector)
+    return refused and f"{refused}; or a balancer with per_group = true"
 
 
 @rule("moe.top_k_per_group", "moe.preset", "moe.selector")
@@ -151,8 +154,55 @@ def _score_beside_selector(score: str | None, preset: str | None, selector: str 
     return f"cannot stand beside moe.preset ({preset!r}), which brings its own; it belongs to moe.selector"
 
 
+@rule("moe.score", "moe.preset", "moe.selector")
+def _grouped_score_needs_grouped_selection(score: str | None, preset: str | None, selector: str | None) -> str | None:
+    return _only_grouped(preset, selector) if score in GROUPED_SCORES and selector is not None else None
+
+
 @rule("moe.options", "moe.preset")
 def _options_of_a_preset(options: dict[str, Any], preset: str | None) -> str | None:
     if options and preset is None:
         return "are a preset's, and moe.preset is none; a balancer's options stand in its own entry of moe.balancers"
     return None
+
+
+@rule("moe.selector_options", "moe.selector")
+def _options_of_a_selector(options: dict[str, Any], selector: str | None) -> str | None:
+    return (
+        "belong to moe.selector, which is none; a preset's options stand in moe.options"
+        if options and selector is None
+        else None
+    )
+
+
+@rule("moe.gate", "moe.preset", "moe.selector")
+def _gate_beside_selector(gate: str | None, preset: str | None, selector: str | None) -> str | None:
+    if gate is None or preset is None or selector is not None:
+        return None
+    return f"cannot stand beside moe.preset ({preset!r}), which brings its own; it belongs to moe.selector"
+
+
+@rule("moe.gate_options", "moe.preset")
+def _options_of_a_gate(options: dict[str, Any], preset: str | None) -> str | None:
+    if options and preset is not None:
+        return f"belong to moe.gate, and moe.preset ({preset!r}) brings its own gate; its options stand in moe.options"
+    return None
+
+
+@rule("moe.pools", "moe.num_experts")
+def _pools_hold_every_expert(pools: list[dict[str, Any]] | None, num_experts: int) -> str | None:
+    if pools is None or (held := sum(pool["num_experts"] for pool in pools)) == num_experts:
+        return None
+    return f"hold {held} experts, but moe.num_experts is {num_experts}; leave moe.num_experts out"
+
+
+@rule("moe.shared_gate", "moe.shared_dim")
+def _gate_of_a_shared_expert(shared_gate: bool, shared_dim: int) -> str | None:
+    return "needs a shared expert: set moe.shared_dim" if shared_gate and not shared_dim else None
+
+
+@rule("moe.balancers", "moe.num_groups")
+def _balancers_per_group(balancers: list[dict[str, Any]], num_groups: int) -> str | None:
+    if num_groups > 1 or not any(balancer.get("per_group") for balancer in balancers):
+        return None
+    return "asks for a balancer per group, and there is one group: set moe.num_groups or moe.groups"

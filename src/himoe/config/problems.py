@@ -99,7 +99,7 @@ def config_error(problems: list[Problem]) -> ConfigError:
 
 
 def translate(error: ValidationError, keys: dict[str, list[str]]) -> list[Problem]:
-    """Return pydantic's findings in the words above; `keys` are the known keys of each section."""
+    """Return pydantic's findings in the words above; `keys` are the known keys of each section and table within."""
     problems = []
     for found in error.errors(include_url=False):
         location = found["loc"]
@@ -119,12 +119,13 @@ def translate(error: ValidationError, keys: dict[str, list[str]]) -> list[Proble
 
 def unknown_key(location: tuple[int | str, ...], keys: dict[str, list[str]]) -> str:
     """Say that a key is unknown, with the key that is meant: here, in another section, or by another project."""
-    *parents, last = map(str, location)
+    *parents, last = (part for part in location if isinstance(part, str))  # without the places in lists
     siblings = keys.get(".".join(parents), [])
-    elsewhere = {key: f"{section}.{key}" for section, names in keys.items() if section for key in names}
-    if meant := elsewhere.get(last) or OTHER_NAMES.get(last):
+    elsewhere = {key: f"{section}.{key}" for section, names in keys.items() if section.isidentifier() for key in names}
+    inside = len(parents) > 1  # a table within a section has keys of its own
+    if not inside and (meant := elsewhere.get(last) or OTHER_NAMES.get(last)):
         return f"unknown key; did you mean {meant!r}?"
-    hint = nearest(last, siblings) or nearest(last, elsewhere)
+    hint = nearest(last, siblings) or ("" if inside else nearest(last, elsewhere))
     return f"unknown key{hint or '; known here: ' + ', '.join(siblings)}"
 
 

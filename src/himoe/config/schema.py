@@ -10,9 +10,24 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from himoe.config.problems import Problem, config_error, translate
 from himoe.config.rules import broken_rules, fill_in, flatten
-from himoe.config.sections import STRICT, BalancerEntry, DataConfig, ModelConfig, MoEConfig, TrainConfig
+from himoe.config.sections import (
+    STRICT,
+    BalancerEntry,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    PoolEntry,
+    ScheduleEntry,
+    TrainConfig,
+)
 
 __all__ = ["BalancerEntry", "Config", "DataConfig", "MoEConfig", "ModelConfig", "TrainConfig", "key_tree"]
+
+# The keys of tables within a section, for messages; their lists are left out of the name.
+INNER_KEYS = {
+    "moe.pools": list(PoolEntry.model_fields),
+    "moe.balancers.schedule": list(ScheduleEntry.model_fields),
+}
 
 
 class Config(BaseModel):
@@ -44,7 +59,7 @@ class Config(BaseModel):
         try:
             config = handler(data)
         except ValidationError as error:
-            problems = translate(error, key_tree(cls))
+            problems = translate(error, key_tree(cls) | INNER_KEYS)
             raise config_error(problems + _rules_on_the_sound_part(data, problems)) from None
         problems = broken_rules(flatten(config.model_dump()))
         if problems:

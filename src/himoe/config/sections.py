@@ -106,12 +106,22 @@ class ModelConfig(BaseModel):
     num_heads: Count = Field(description="Query heads; divides `model.dim` into heads of even width")
     num_kv_heads: Count = Field(description="Key and value heads; divides `model.num_heads`")
     ffn_dim: Count = Field(description="Hidden width of the layers that are not mixture-of-experts layers")
-    ffn: Literal["swiglu", "gelu"] = Field(
+    ffn: Literal["swiglu", "gelu", "relu", "relu2"] = Field(
         default="swiglu", description="Kind of the layers that are not mixture-of-experts layers"
     )
     tie_embeddings: bool = Field(default=True, description="Use the input embedding as the output head too")
     rope_theta: float = Field(default=10000.0, gt=0, description="Base of the rotary position embedding")
     qk_norm: bool = Field(default=True, description="Normalise queries and keys of each head")
+
+
+class ScheduleEntry(BaseModel):
+    """How a balancer's losses, or the moves of its state, change over the steps: the options of `himoe.Schedule`."""
+
+    model_config = STRICT
+
+    kind: Literal["warmup", "two_stage", "off_after"]
+    steps: Count
+    scales: Literal["losses", "moves"] | None = None
 
 
 class BalancerEntry(BaseModel):
@@ -120,11 +130,23 @@ class BalancerEntry(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
     name: Annotated[str, _entry_of("balancers")]
+    schedule: ScheduleEntry | None = None
+    per_group: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
         """Return the keys beside `name`."""
         return dict(self.model_extra or {})
+
+
+class PoolEntry(BaseModel):
+    """Some experts of one kind and size."""
+
+    model_config = STRICT
+
+    num_experts: Count
+    expert_dim: Count | None = None
+    experts: Annotated[str, _entry_of("experts")] | None = None
 
 
 class MoEConfig(BaseModel):
@@ -154,8 +176,17 @@ class MoEConfig(BaseModel):
     shared_dim: CountOrZero = Field(
         default=0, description="Hidden width of the shared expert that every token passes. 0: none"
     )
+    shared_gate: bool = Field(
+        default=False, description="Weigh the shared expert of each token by a sigmoid that is learned"
+    )
     experts: Annotated[str, _entry_of("experts")] = Field(
         default="swiglu", description="Kind of expert (`himoe list experts`)"
+    )
+    pools: list[PoolEntry] | None = Field(
+        default=None,
+        min_length=1,
+        description="Experts of several kinds or sizes in one layer, in order of their numbers, each a table "
+        "`{ num_experts, expert_dim, experts }`; what it leaves out is as above",
     )
     preset: Annotated[str, _entry_of("presets")] | None = Field(
         default="hi_moe",
@@ -165,34 +196,45 @@ class MoEConfig(BaseModel):
     options: dict[str, Any] = Field(
         default_factory=dict, description="Options of the preset (`himoe list presets NAME`)"
     )
+    gate: Annotated[str, _entry_of("gates")] | None = Field(
+        default=None,
+        description="How a token becomes logits (`himoe list gates`), beside a selector. None: linear",
+    )
+    gate_options: dict[str, Any] = Field(default_factory=dict, description="Options of the gate")
     selector: Annotated[str, _entry_of("selectors")] | None = Field(
         default=None, description="How experts are chosen from scores (`himoe list selectors`), in place of a preset"
     )
+    selector_options: dict[str, Any] = Field(default_factory=dict, description="Options of the selector")
     score: Annotated[str, _entry_of("scores")] | None = Field(
         default=None, description="How logits become scores (`himoe list scores`), beside a selector. None: softmax"
     )
     balancers: list[BalancerEntry] = Field(
         default_factory=list,
         description="Balancing strategies, each a table with `name` (`himoe list balancers`) and its options; "
+        "`schedule = { kind, steps, scales }` changes its losses, or else the moves of its state, over the steps, "
+        "`per_group = true` keeps one for each group; "
         "beside a preset they join its own",
     )
     renormalize: bool | None = Field(
         default=None,
-        description="Divide the weights of a token's experts by their sum. None: as the preset has it, "
-        "else true where `moe.top_k` is above 1, since a single weight would always be 1",
+        description="Divide the weights of a token's experts by their sum. None: as preset, score or selector "
+        "were published, else true where `moe.top_k` is above 1, since a single weight would always be 1",
     )
     capacity_factor: float | None = Field(
         default=None,
         gt=0,
         description="Places of an expert, in multiples of its fair share; pairs beyond are dropped. None: no limit",
     )
-    capacity_order: Literal["token_major", "column_major"] = Field(
+    capacity_order: Literal["token_major", "column_major", "score", "batch_prioritised"] = Field(
         default="token_major",
-        description="Order in which pairs take an expert's places: token by token, "
-        "or all first choices before all second ones, which is not causal",
+        description="Who takes an expert's places first: token by token; all first choices before all second ones; "
+        "the pairs of largest weight; or the tokens of largest weight. Only the first is causal",
     )
     backend: Literal["auto", "loop", "grouped"] = Field(default="auto", description="How the experts are computed")
     force: bool = Field(default=False, description="Train although a guard refuses the combination")
+    allow_non_causal: bool = Field(
+        default=False, description="Train although later tokens can change the routing of earlier ones"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -22,12 +22,12 @@ computed from log p, so no share is 0/0 when a group's mass underflows.
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from himoe.functional.groups import Groups
 from himoe.functional.masked import masked_mean, token_count
-from himoe.functional.stats import count_pairs
+from himoe.functional.stats import count_pairs, selected_load
 from himoe.types import Routing
 
 
@@ -45,14 +45,22 @@ def log_probabilities(routing: Routing, source: str) -> Float[Tensor, "T E"]:
     return log_scores - log_scores.logsumexp(-1, keepdim=True)
 
 
-def load_balance(routing: Routing, source: str = "corrected") -> Float[Tensor, ""]:
+def load_balance(
+    routing: Routing, source: str = "corrected", counts: Int[Tensor, " E"] | None = None
+) -> Float[Tensor, ""]:
     """E·Σ_i f_i P_i, exactly 1 at perfect balance for every K (Switch, arXiv 2101.03961, with f summing to 1).
 
     f_i is the share of selected pairs that went to expert i, before capacity drops; P_i the mean probability. Only P
     has a gradient. Others let f sum to K (OLMoE, the Hi-MoE authors): their value is K times this one.
+
+    Args:
+        routing: of one layer.
+        source: what P averages, see `log_probabilities`.
+        counts: pairs per expert that f is made of, such as those of the global batch; None takes this routing's.
     """
     mask = routing.context.mask
-    counts = count_pairs(routing.expert_ids, routing.selected, routing.num_experts)
+    if counts is None:
+        counts = selected_load(routing)
     probabilities = log_probabilities(routing, source).exp()
     fractions = counts.to(probabilities.dtype) / counts.sum().clamp(min=1)
     return routing.num_experts * (fractions * masked_mean(probabilities, mask)).sum()

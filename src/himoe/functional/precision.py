@@ -1,4 +1,4 @@
-"""Routing is computed in fp32 or better, whatever the model's dtype and the autocast."""
+"""Dtypes: routing is computed in fp32 or better, whatever the model's dtype and the autocast; experts follow it."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -14,3 +14,10 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Return a context in which nothing is cast; on a device without autocast, such as meta, it does nothing."""
     available = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast gives a product of `x`; None where it leaves it alone, as it does fp64."""
+    device = x.device.type
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if casts and x.dtype != torch.float64 else None

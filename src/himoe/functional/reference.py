@@ -11,13 +11,19 @@ from torch import Tensor
 def expert(x: Float[Tensor, " D"], up: Float[Tensor, "H D"], down: Float[Tensor, "D F"], activation: str) -> Tensor:
     """One expert on one token.
 
-    `swiglu` is down·(silu(gate)·value) with gate and value stacked in `up`; `gelu` is down·gelu(up).
+    `swiglu` is down·(silu(gate)·value) with gate and value stacked in `up`; the others are down·act(up·x).
     """
     hidden = up @ x
     if activation == "swiglu":
         gate, value = hidden[: hidden.shape[0] // 2], hidden[hidden.shape[0] // 2 :]
         return down @ (gate / (1 + torch.exp(-gate)) * value)
-    return down @ (hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5)))
+    positive = (hidden > 0).to(hidden.dtype)
+    unit = {
+        "gelu": hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5)),
+        "relu": positive * hidden,
+        "relu2": positive * hidden**2,
+    }[activation]
+    return down @ unit
 
 
 def moe(
@@ -55,13 +61,22 @@ def top_k_per_group(scores: Float[Tensor, "T E"], groups: list[list[int]], k: li
 
 
 def keep_within_capacity(
-    expert_ids: Int[Tensor, "T K"], selected: Bool[Tensor, "T K"], places: int, order: str
+    expert_ids: Int[Tensor, "T K"],
+    selected: Bool[Tensor, "T K"],
+    weights: Float[Tensor, "T K"],
+    places: int,
+    order: str,
 ) -> Bool[Tensor, "T K"]:
-    """Hand out `places` per expert, pair by pair in the given order."""
+    """Hand out `places` per expert, pair by pair in the given order; equals go token by token."""
     tokens, choices = expert_ids.shape
     pairs = [(t, k) for t in range(tokens) for k in range(choices)]
     if order == "column_major":
         pairs.sort(key=lambda pair: (pair[1], pair[0]))
+    elif order == "score":
+        pairs.sort(key=lambda pair: -weights[pair].item())
+    elif order == "batch_prioritised":
+        best = [max((weights[t, k].item() for k in range(choices) if selected[t, k]), default=0) for t in range(tokens)]
+        pairs.sort(key=lambda pair: (pair[1], -best[pair[0]], pair[0]))
     kept = torch.zeros_like(selected)
     used: dict[int, int] = {}
     for t, k in pairs:

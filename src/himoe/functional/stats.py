@@ -36,6 +36,18 @@ def drop_rate(routing: Routing) -> Float[Tensor, ""]:
     return (selected - routing.kept.sum()) / selected.clamp(min=1)
 
 
+def truncated_mass(routing: Routing, wanted: Bool[Tensor, "T E"]) -> Float[Tensor, ""]:
+    """Mean over tokens of the share of their scores that lies on experts which are wanted and not selected.
+
+    Args:
+        routing: of one layer.
+        wanted: (T, E) what a selector with a variable number of experts asks for before its `max_k` cuts any off.
+    """
+    shares = routing.scores / routing.scores.sum(-1, keepdim=True).clamp(min=torch.finfo(routing.scores.dtype).tiny)
+    selected = torch.zeros_like(wanted).scatter(-1, routing.expert_ids, routing.selected)
+    return masked_mean(shares.where(wanted & ~selected, 0).sum(-1), routing.context.mask)
+
+
 def _relative(load: Load) -> Float[Tensor, "*batch E"]:
     """Load divided by its mean; all ones where there is no load at all."""
     values = load.to(torch.float64)

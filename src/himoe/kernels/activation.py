@@ -1,33 +1,66 @@
-"""The two activations of an expert and their derivatives, in place where the buffers are ours.
+"""The activations of an expert and their derivatives, one line of a table each.
 
 `swiglu`: a = silu(gate)·value, the gate is the first half of the up projection's output, the value the second.
-`gelu`: a = gelu(h), the exact form with erf.
+`gelu`: a = gelu(h), the exact form with erf. `relu`: a = max(h, 0). `relu2`: a = max(h, 0)² (Primer, arXiv 2109.08668).
+Both ReLUs have the derivative 0 at 0. Every function returns a tensor of its own, which the kernels go on to change.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-HIDDEN_PER_UNIT = {"swiglu": 2, "gelu": 1}  # rows of the up projection for one unit of expert hidden width F
+
+class Activation(NamedTuple):
+    """An activation as the kernels use it.
+
+    Attributes:
+        rows: rows of the up projection for one unit of the expert's hidden width; H = rows·F.
+        forward: the up projection's output (n, H) → the activation (n, F).
+        backward: (n, H) and the activation's gradient (n, F) → the gradient of the up projection's output (n, H).
+    """
+
+    rows: int
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
 
 
-def forward(hidden: Float[Tensor, "n H"], activation: str) -> Float[Tensor, "n F"]:
-    """Return the activation a of the up projection's output."""
-    if activation == "swiglu":
-        gate, value = hidden.chunk(2, dim=-1)
-        return F.silu(gate).mul_(value)
-    return F.gelu(hidden)
+def _swiglu(hidden: Tensor) -> Tensor:
+    gate, value = hidden.chunk(2, dim=-1)
+    return F.silu(gate).mul_(value)
 
 
-def backward(hidden: Float[Tensor, "n H"], grad: Float[Tensor, "n F"], activation: str) -> Float[Tensor, "n H"]:
-    """Return the gradient of `hidden`, given that of the activation."""
-    if activation == "swiglu":
-        gate, value = hidden.chunk(2, dim=-1)
-        out = torch.empty_like(hidden)
-        d_gate, d_value = out.chunk(2, dim=-1)
-        torch.mul(grad, F.silu(gate), out=d_value)
-        torch.mul(grad, value, out=d_gate)
-        d_gate.copy_(torch.ops.aten.silu_backward(d_gate, gate))
-        return out
+def _swiglu_backward(hidden: Tensor, grad: Tensor) -> Tensor:
+    gate, value = hidden.chunk(2, dim=-1)
+    out = torch.empty_like(hidden)
+    d_gate, d_value = out.chunk(2, dim=-1)
+    torch.mul(grad, F.silu(gate), out=d_value)
+    torch.mul(grad, value, out=d_gate)
+    d_gate.copy_(torch.ops.aten.silu_backward(d_gate, gate))
+    return out
+
+
+def _gelu_backward(hidden: Tensor, grad: Tensor) -> Tensor:
     return torch.ops.aten.gelu_backward(grad, hidden)
+
+
+def _relu_backward(hidden: Tensor, grad: Tensor) -> Tensor:
+    return torch.ops.aten.threshold_backward(grad, hidden, 0)
+
+
+def _relu2(hidden: Tensor) -> Tensor:
+    return F.relu(hidden).square_()
+
+
+def _relu2_backward(hidden: Tensor, grad: Tensor) -> Tensor:
+    return F.relu(hidden).mul_(grad).mul_(2)
+
+
+ACTIVATIONS = {
+    "swiglu": Activation(2, _swiglu, _swiglu_backward),
+    "gelu": Activation(1, F.gelu, _gelu_backward),
+    "relu": Activation(1, F.relu, _relu_backward),
+    "relu2": Activation(1, _relu2, _relu2_backward),
+}

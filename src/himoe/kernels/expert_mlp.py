@@ -12,8 +12,9 @@ from torch import Tensor
 
 from himoe.errors import ConfigError
 from himoe.functional.dispatch import SortedPairs, sort_by_expert
+from himoe.functional.precision import autocast_dtype
 from himoe.kernels import grouped, loop
-from himoe.kernels.activation import HIDDEN_PER_UNIT
+from himoe.kernels.activation import ACTIVATIONS
 
 BACKENDS = {"loop": loop, "grouped": grouped}
 
@@ -36,9 +37,9 @@ def expert_mlp(
         expert_ids: (T, K), each in 0 … E-1.
         weights: (T, K) combine weights, any floating dtype.
         kept: (T, K); other pairs contribute nothing, get no gradient and cost no product.
-        up_proj: (E, H, D), H = 2F for swiglu (gate first, then value), F for gelu.
+        up_proj: (E, H, D), H = 2F for swiglu (gate first, then value), F for the others.
         down_proj: (E, D, F).
-        activation: `swiglu` or `gelu`.
+        activation: `swiglu`, `gelu`, `relu` or `relu2`.
         backend: `loop`, `grouped`, or `auto`: grouped on a GPU where it can, loop elsewhere.
 
     Raises:
@@ -46,10 +47,7 @@ def expert_mlp(
     """
     _check_shapes(x, up_proj, down_proj, activation)
     _check_pairs(x, expert_ids, weights, kept)
-    device = x.device.type
-    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if casts and x.dtype != torch.float64:  # autocast leaves fp64 alone everywhere
-        dtype = torch.get_autocast_dtype(device)
+    if (dtype := autocast_dtype(x)) is not None:
         x, up_proj, down_proj = x.to(dtype), up_proj.to(dtype), down_proj.to(dtype)
     chosen = choose_backend(backend, x, up_proj, down_proj)
     rows = sort_by_expert(expert_ids, kept, up_proj.shape[0])
@@ -66,10 +64,10 @@ def choose_backend(backend: str, x: Tensor, up_proj: Tensor, down_proj: Tensor) 
 
 
 def _check_shapes(x: Tensor, up_proj: Tensor, down_proj: Tensor, activation: str) -> None:
-    if activation not in HIDDEN_PER_UNIT:
-        raise ConfigError(f"activation = {activation!r}: must be {' or '.join(HIDDEN_PER_UNIT)}")
+    if activation not in ACTIVATIONS:
+        raise ConfigError(f"activation = {activation!r}: must be {' or '.join(ACTIVATIONS)}")
     num_experts, width, units = down_proj.shape
-    expected = (num_experts, HIDDEN_PER_UNIT[activation] * units, width)
+    expected = (num_experts, ACTIVATIONS[activation].rows * units, width)
     if up_proj.shape != expected or x.shape[-1] != width:
         raise ConfigError(
             f"expert_mlp: x {tuple(x.shape)}, up_proj {tuple(up_proj.shape)} and down_proj {tuple(down_proj.shape)} "

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from himoe.functional.dispatch import SortedPairs
-from himoe.kernels import activation as act
+from himoe.kernels.activation import ACTIVATIONS
 
 
 def supports(x: Tensor, up_proj: Tensor, down_proj: Tensor) -> bool:
@@ -37,9 +37,10 @@ def forward(
     x: Tensor, weights: Tensor, rows: SortedPairs, up_proj: Tensor, down_proj: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
     """Return y (T, D) and the up projection's output (T·K, H), rows in expert order."""
+    act = ACTIVATIONS[activation]
     token, weight, kept_row = _row_facts(weights, rows, x.dtype)
     hidden = F.grouped_mm(x[token], up_proj.transpose(1, 2), offs=rows.offsets)
-    unit = act.forward(hidden, activation).mul_(weight)
+    unit = act.forward(hidden).mul_(weight)
     out = F.grouped_mm(unit, down_proj.transpose(1, 2), offs=rows.offsets)
     return _sum_kept(out, kept_row, rows, weights.shape[1]), hidden
 
@@ -56,20 +57,21 @@ def backward(
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of x, weights, up_proj and down_proj, None where not needed."""
+    act = ACTIVATIONS[activation]
     need_x, need_weights, need_up, need_down = needs
     token, weight, kept_row = _row_facts(weights, rows, x.dtype)
     d_y = grad[token]
     d_unit = F.grouped_mm(d_y, down_proj, offs=rows.offsets)
     d_x = d_weights = d_up = d_down = None
     if need_weights or need_down:
-        unit = act.forward(hidden, activation)
+        unit = act.forward(hidden)
         if need_weights:
             d_weight_of_row = torch.linalg.vecdot(d_unit, unit).where(kept_row[:, 0], 0)
             d_weights = d_weight_of_row[rows.row_of_pair].view_as(weights).to(weights.dtype)
         if need_down:
             d_down = F.grouped_mm(d_y.T, unit.mul_(weight), offs=rows.offsets)
     if need_x or need_up:
-        d_hidden = act.backward(hidden, d_unit.mul_(weight), activation)
+        d_hidden = act.backward(hidden, d_unit.mul_(weight))
         if need_x:
             d_x = _sum_kept(F.grouped_mm(d_hidden, up_proj, offs=rows.offsets), kept_row, rows, weights.shape[1])
         if need_up:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from himoe.functional.dispatch import SortedPairs
-from himoe.kernels import activation as act
+from himoe.kernels.activation import ACTIVATIONS
 
 
 def _expert_rows(offsets: Tensor) -> Iterator[slice]:
@@ -24,6 +24,7 @@ def forward(
     x: Tensor, weights: Tensor, rows: SortedPairs, up_proj: Tensor, down_proj: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
     """Return y (T, D) and the up projection's output (T·K, H), rows in expert order."""
+    act = ACTIVATIONS[activation]
     num_pairs, top_k = rows.pair_of_row.numel(), weights.shape[1]
     token_of_row = rows.pair_of_row // top_k
     weight_of_row = weights.flatten()[rows.pair_of_row, None].to(x.dtype)
@@ -32,7 +33,7 @@ def forward(
     for here, up, down in zip(_expert_rows(rows.offsets), up_proj.unbind(), down_proj.unbind(), strict=True):
         if here.start < here.stop:
             torch.mm(x[token_of_row[here]], up.T, out=hidden[here])
-            unit = act.forward(hidden[here], activation).mul_(weight_of_row[here])
+            unit = act.forward(hidden[here]).mul_(weight_of_row[here])
             torch.mm(unit, down.T, out=out[here])
     out[int(rows.offsets[-1]) :] = 0
     return sum_pairs(out, rows, top_k), hidden
@@ -50,6 +51,7 @@ def backward(
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of x, weights, up_proj and down_proj, None where not needed."""
+    act = ACTIVATIONS[activation]
     need_x, need_weights, need_up, need_down = needs
     num_pairs, top_k = rows.pair_of_row.numel(), weights.shape[1]
     token_of_row = rows.pair_of_row // top_k
@@ -69,12 +71,12 @@ def backward(
         d_y = grad[tokens]
         d_unit = d_y @ down
         if need_weights or need_down:
-            unit = act.forward(hidden[here], activation)
+            unit = act.forward(hidden[here])
             if d_weight_of_row is not None:
                 torch.linalg.vecdot(d_unit, unit, out=d_weight_of_row[here])
             if d_down is not None:
                 torch.mm(d_y.T, unit.mul_(weight), out=d_down[e])
-        d_hidden = act.backward(hidden[here], d_unit.mul_(weight), activation)
+        d_hidden = act.backward(hidden[here], d_unit.mul_(weight))
         if d_row is not None:
             torch.mm(d_hidden, up, out=d_row[here])
         if d_up is not None:

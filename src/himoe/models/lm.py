@@ -69,7 +69,10 @@ class Block(nn.Module):
 
 
 class DecoderLM(nn.Module):
-    """A causal language model.
+    """A causal language model, as long as its feed-forward layers are causal.
+
+    What `himoe train` refuses is not refused here: a router that lets later tokens change earlier ones can be studied.
+    `himoe.nn.non_causal_parts(model)` names the parts that say so, `himoe.testing.check_causality` measures it.
 
     Args:
         vocab_size: V.

@@ -6,11 +6,10 @@ from typing import ClassVar
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from himoe.errors import ConfigError
 from himoe.kernels import expert_mlp
-from himoe.kernels.activation import HIDDEN_PER_UNIT
+from himoe.kernels.activation import ACTIVATIONS
 
 
 class _Experts(nn.Module):
@@ -26,7 +25,7 @@ class _Experts(nn.Module):
                 f"experts: num_experts = {num_experts}, dim = {dim}, hidden_dim = {hidden_dim} must be ≥ 1"
             )
         self.num_experts, self.dim, self.hidden_dim, self.backend = num_experts, dim, hidden_dim, backend
-        up_proj = nn.Parameter(torch.empty(num_experts, HIDDEN_PER_UNIT[self.activation] * hidden_dim, dim))
+        up_proj = nn.Parameter(torch.empty(num_experts, ACTIVATIONS[self.activation].rows * hidden_dim, dim))
         self.register_parameter(self.up_proj_name, up_proj)
         self.down_proj = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.reset_parameters()
@@ -84,38 +83,31 @@ class GELUExperts(_Experts):
     activation = "gelu"
 
 
-class SwiGLU(nn.Module):
-    """One dense network down·(silu(gate·x)·(up·x)): a dense layer, or the shared expert of an MoE layer.
+class ReLUExperts(_Experts):
+    """E experts down·max(up·x, 0), as in Switch Transformers (arXiv 2101.03961).
 
     Args:
+        num_experts: E.
         dim: D.
         hidden_dim: F.
+        backend: of the kernel, `auto`, `loop` or `grouped`.
+
+    Parameters: `up_proj` (E, F, D); `down_proj` (E, D, F).
     """
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.gate_up_proj = nn.Linear(dim, 2 * hidden_dim, bias=False)
-        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
-
-    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
-        """Return the network's output."""
-        gate, value = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * value)
+    activation = "relu"
 
 
-class GELUMLP(nn.Module):
-    """One dense network down·gelu(up·x), the exact gelu.
+class ReLU2Experts(_Experts):
+    """E experts down·max(up·x, 0)², the squared ReLU of Primer (arXiv 2109.08668).
 
     Args:
+        num_experts: E.
         dim: D.
         hidden_dim: F.
+        backend: of the kernel, `auto`, `loop` or `grouped`.
+
+    Parameters: `up_proj` (E, F, D); `down_proj` (E, D, F).
     """
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.up_proj = nn.Linear(dim, hidden_dim, bias=False)
-        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
-
-    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
-        """Return the network's output."""
-        return self.down_proj(F.gelu(self.up_proj(x)))
+    activation = "relu2"

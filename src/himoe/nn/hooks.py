@@ -9,37 +9,77 @@ step(model)  # every optimizer step
 ```
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from himoe.balance import step_balancers
+from himoe.balance import Balancer, step_balancers
+from himoe.balance.base import STEP_COUNTS, add_over_ranks
 from himoe.errors import ConfigError
+from himoe.functional.stats import selected_load
 from himoe.nn.moe import MoE, moe_layers
 from himoe.types import Routing
 
 Routings = Sequence[Routing | None]
 
 
-def _pairs(model: nn.Module, routings: Routings) -> Iterable[tuple[MoE, Routing]]:
+def _pairs(model: nn.Module, routings: Routings) -> list[tuple[MoE, Routing | None]]:
+    """Return every layer with its routing, None for a layer that did not run."""
     layers = moe_layers(model)
     if len(layers) != len(routings):
         raise ConfigError(f"{len(routings)} routings for {len(layers)} MoE layers: pass one per layer, in layer order")
     for i, (layer, routing) in enumerate(zip(layers, routings, strict=True)):
-        if routing is None:  # a layer that did not run
-            continue
-        if routing.num_experts != layer.router.num_experts:
+        if routing is not None and routing.num_experts != layer.router.num_experts:
             raise ConfigError(
                 f"routing {i} has {routing.num_experts} experts, MoE layer {i} has {layer.router.num_experts}: "
                 "pass the routings in layer order"
             )
-        yield layer, routing
+    return list(zip(layers, routings, strict=True))
+
+
+def _with_step_counts(pairs: list[tuple[MoE, Routing | None]]) -> list[tuple[MoE, Routing | None]]:
+    """Fill in `step_counts` where a balancer asks for them: one all-reduce for all layers, none if nobody asks.
+
+    A layer that did not run takes part with what it has counted before, so that every rank reduces equally many
+    numbers. Routings of eval mode stay as they are, and other ranks are not waited for: those may evaluate less.
+    """
+    if any(routing is not None and not routing.context.training for _, routing in pairs):
+        return pairs
+    counts: list[dict[str, Tensor]] = []
+    seen: set[Balancer] = set()
+    for i, (layer, routing) in enumerate(pairs):
+        parts = (part for part in layer.router.balancer.modules() if isinstance(part, Balancer))
+        asking = next((part for part in parts if part.needs_step_counts), None)  # an outer part before its inner ones
+        if asking in seen:
+            raise ConfigError(
+                f"aux_losses: MoE layer {i} shares its {type(asking).__name__} with another layer, and the counts of "
+                "both would cancel out: give every layer its own"
+            )
+        seen |= set() if asking is None else {asking}
+        counts.append(
+            {} if asking is None else {STEP_COUNTS: _counted(layer, routing) + asking.sums.get(STEP_COUNTS, 0)}
+        )
+    add_over_ranks(counts)
+    return [
+        (layer, routing.replace(step_counts=found[STEP_COUNTS]) if routing is not None and found else routing)
+        for (layer, routing), found in zip(pairs, counts, strict=True)
+    ]
+
+
+def _counted(layer: MoE, routing: Routing | None) -> Tensor:
+    if routing is not None:
+        return selected_load(routing)
+    device = next(layer.parameters(), torch.empty(0)).device
+    return torch.zeros(layer.router.num_experts, dtype=torch.int64, device=device)
 
 
 def aux_losses(model: nn.Module, routings: Routings) -> dict[str, Float[Tensor, ""]]:
     """Return the named auxiliary losses, each layer's computed by itself, then summed over layers.
+
+    Call it before `observe` of the same routings, and on every rank: a balancer over the global batch adds up its
+    counts over the ranks here.
 
     Args:
         model: holds the MoE layers.
@@ -50,7 +90,9 @@ def aux_losses(model: nn.Module, routings: Routings) -> dict[str, Float[Tensor, 
             (reentrant activation checkpointing does that: use `use_reentrant=False`).
     """
     total: dict[str, Tensor] = {}
-    for i, (layer, routing) in enumerate(_pairs(model, routings)):
+    for i, (layer, routing) in enumerate(_with_step_counts(_pairs(model, routings))):
+        if routing is None:
+            continue
         trained = any(p.requires_grad for p in layer.router.gate.parameters())
         if trained and routing.context.training and torch.is_grad_enabled() and not routing.logits.requires_grad:
             raise ConfigError(
@@ -66,7 +108,7 @@ def aux_losses(model: nn.Module, routings: Routings) -> dict[str, Float[Tensor, 
 def observe(model: nn.Module, routings: Routings) -> None:
     """Let every balancer see one micro-batch, after its backward. Routings of eval mode are ignored."""
     for layer, routing in _pairs(model, routings):
-        if routing.context.training:
+        if routing is not None and routing.context.training:
             layer.router.balancer.observe(routing)
 
 

@@ -1,4 +1,7 @@
-"""The router: gate → adjust_logits → score → adjust_choice → select → weights. The only place this order is written."""
+"""The router: gate (→ noise) → adjust_logits → score → adjust_choice → select → weights.
+
+The only place where this order is written.
+"""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -17,14 +20,15 @@ from himoe.types import RouterContext, Routing
 ScoreFunction = Callable[[Tensor], Tensor]
 Selector = Callable[[Tensor, RouterContext], tuple[Tensor, Tensor]]
 
-RENORMALIZE_EPSILON = 1e-10  # as in the authors' code; keeps 0/0 away when every chosen score underflows
+SMALLEST_SUM = 1e-20  # keeps 0/0 away when every chosen score underflows, and a gradient of 1/sum finite
 
 
 class Router(nn.Module):
     """Decide which experts see which token, and with what weight.
 
     Args:
-        gate: module, (T, D) → logits (T, E).
+        gate: module, (T, D) → logits (T, E). One with a method `noise_std (T, D) → (T, E)` gets normal noise of that
+            size added to its logits in training.
         selector: plain function (scores, context) → (expert_ids (T, K), selected (T, K)); bind its options with
             `functools.partial`.
         num_experts: E.
@@ -53,11 +57,21 @@ class Router(nn.Module):
         self.balancer = Balancer() if balancer is None else balancer
         self.expert_scale = nn.Parameter(torch.ones(num_experts)) if expert_scale else None
 
+    @property
+    def selector_name(self) -> str:
+        """Name of the selector's function."""
+        function = getattr(self.selector, "func", self.selector)
+        return getattr(function, "__name__", type(function).__name__)
+
     @cached_property
     def top_k(self) -> int:
-        """K, the number of places the selector fills for every token."""
-        probe = torch.zeros(1, self.num_experts)
-        return self.selector(probe, RouterContext())[0].shape[-1]
+        """K, the number of places the selector has for every token; it need not fill them all."""
+        try:
+            with torch.device("cpu"):  # also where the model is built on the meta device
+                context = RouterContext(batch_shape=(1,), token_ids=torch.zeros(1, dtype=torch.int64))
+                return self.selector(torch.zeros(1, self.num_experts), context)[0].shape[-1]
+        except AttributeError as error:  # which a module would report as its own lack of `top_k`
+            raise TypeError(f"the selector {self.selector_name} fails on one token: {error}") from error
 
     def reset_parameters(self) -> None:
         """Set the learned scale back to 1."""
@@ -73,13 +87,8 @@ class Router(nn.Module):
         token_ids: Int[Tensor, " T"] | None = None,
     ) -> Routing:
         """Route T tokens; nothing is written, so the same call can be repeated at will."""
-        context = RouterContext(
-            mask=mask,
-            batch_shape=(x.shape[0],) if batch_shape is None else batch_shape,
-            token_ids=token_ids,
-            gate_weight=getattr(self.gate, "weight", None),
-            training=self.training,
-        )
+        if mask is not None:
+            x = x.where(mask[:, None], 0)  # padding may hold anything, and 0·NaN would reach the gate's gradient
         with without_autocast(x.device):
             logits = self.gate(x)
             logits = logits.to(accumulation_dtype(logits.dtype))  # somebody else's gate may follow a bf16 model
@@ -87,7 +96,20 @@ class Router(nn.Module):
                 raise ConfigError(
                     f"the gate gives {logits.shape[-1]} logits, the router has {self.num_experts} experts"
                 )
-            scores = self.score(self.balancer.adjust_logits(logits, context))
+            noise_std: Tensor | None = None
+            if self.training and hasattr(self.gate, "noise_std"):
+                noise_std = self.gate.noise_std(x)  # type: ignore[operator]
+            context = RouterContext(
+                mask=mask,
+                batch_shape=(x.shape[0],) if batch_shape is None else batch_shape,
+                token_ids=token_ids,
+                gate_weight=getattr(self.gate, "weight", None),
+                noise=None if noise_std is None else noise_std * self.standard_noise(noise_std),
+                noise_std=noise_std,
+                training=self.training,
+            )
+            noisy = logits if context.noise is None else logits + context.noise
+            scores = self.score(self.balancer.adjust_logits(noisy, context))
             choice = self.balancer.adjust_choice(scores, context)
             expert_ids, selected = self.selector(choice.detach(), context)
             if mask is not None:
@@ -96,10 +118,26 @@ class Router(nn.Module):
             weights = self._weights(scores, expert_ids, selected)
         return Routing(logits, scores, expert_ids, weights, selected, selected, context)
 
+    def wanted(self, routing: Routing) -> Bool[Tensor, "T E"] | None:
+        """Return the experts that the selector's rule asks for before `max_k` cuts any off; None where none can be.
+
+        Only for a routing of this router from before its balancers' next step, since they move what is chosen.
+        """
+        rule = getattr(getattr(self.selector, "func", self.selector), "wanted", None)
+        if rule is None or routing.top_k == routing.num_experts:
+            return None
+        options = {name: value for name, value in getattr(self.selector, "keywords", {}).items() if name != "max_k"}
+        choice = self.balancer.adjust_choice(routing.scores.detach(), routing.context)
+        return rule(choice, routing.context, **options)
+
+    def standard_noise(self, like: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+        """Draw what a noisy gate's standard deviation is multiplied by."""
+        return torch.randn_like(like)
+
     def _weights(self, scores: Tensor, expert_ids: Tensor, selected: Tensor) -> Tensor:
         weights = scores.gather(-1, expert_ids).where(selected, 0)
         if self.renormalize:
-            weights = weights / (weights.sum(-1, keepdim=True) + RENORMALIZE_EPSILON)
+            weights = weights / weights.sum(-1, keepdim=True).clamp(min=SMALLEST_SUM)
         if self.expert_scale is not None:
             weights = weights * self.expert_scale.to(weights.dtype)[expert_ids]
         return weights * self.scaling_factor

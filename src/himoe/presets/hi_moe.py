@@ -112,7 +112,7 @@ def hi_moe(
         parts.append(ZLoss(weight=z_loss))
     parts += extra
     router = grouped_router(dim, partition, per_group, parts, renormalize=renormalize, expert_scale=expert_scale)
-    check_guards(router.balancer, top_k=sum(per_group), score=router.score, force=force)
+    check_guards(router.balancer, top_k=sum(per_group), score=router.score, num_experts=num_experts, force=force)
     return router
 
 

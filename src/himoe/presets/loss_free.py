@@ -7,6 +7,7 @@ from himoe.functional.scores import sigmoid
 from himoe.functional.selection import check_top_k
 from himoe.functional.selection import top_k as select_top_k
 from himoe.nn import Gate, Router
+from himoe.presets.guards import check_guards
 
 
 def loss_free(
@@ -34,7 +35,7 @@ def loss_free(
             would be 1 and the gate would get no gradient.
     """
     check_top_k(num_experts, top_k)
-    return Router(
+    router = Router(
         Gate(dim, num_experts),
         partial(select_top_k, k=top_k),
         num_experts=num_experts,
@@ -42,3 +43,5 @@ def loss_free(
         balancer=LossFree(num_experts, rate=rate, update=update, centred=centred, multiplicative=multiplicative),
         renormalize=top_k > 1 if renormalize is None else renormalize,
     )
+    check_guards(router.balancer, top_k=top_k, score=router.score, num_experts=num_experts)
+    return router

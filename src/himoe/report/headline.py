@@ -25,7 +25,10 @@ def headline(run: RunFolder) -> str:
         groups = f" in {num_groups} groups" if grouped else f" (measured in {num_groups} groups)"
         groups = groups if num_groups > 1 else ""
         method = f", balanced by <b>{text_of(moe['preset'])}</b>" if moe.get("preset") else ""
-        experts = f"{text_of(moe.get('num_experts'))} experts{groups}, top {text_of(moe.get('top_k'))}"
+        numbers = [number(layer.get("experts_per_token")) for layer in layers]
+        varies = any(value is not None and not value.is_integer() for value in numbers)
+        chosen = "a varying number per token" if varies else f"top {text_of(moe.get('top_k'))}"
+        experts = f"{text_of(moe.get('num_experts'))} experts{groups}, {chosen}"
         what += f"; {len(layers)} mixture-of-experts layer{'s' * (len(layers) > 1)} of {experts}{method}"
     done = f"Trained for <b>{count(end.get('tokens'))} tokens</b> in {duration(end.get('seconds'))}"
     done = done if number(end.get("tokens")) else "Nothing is recorded yet"

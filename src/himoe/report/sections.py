@@ -122,6 +122,7 @@ def _load(page: Page, run: RunFolder, loads: LoadHistory) -> str:
         chart.layout["yaxis"] = {"rangemode": "tozero"}
         chart.switches = (("MaxVio", "yaxis"),)
         over_time.append(chart)
+    over_time += _variable_experts(loads)
     if any(value for layer in loads.layers for value in layer.statistics["drop_rate"]):
         text = f"Share of the chosen pairs that the capacity limit dropped. {_pooled(loads)}".strip()
         over_time.append(charts.layer_chart(loads, "drop_rate", "Dropped pairs", text))
@@ -131,6 +132,21 @@ def _load(page: Page, run: RunFolder, loads: LoadHistory) -> str:
     scale = '<div class="scale"><span>0: idle</span><i></i><span>2 × fair share or more</span></div>'
     text = f"{LOAD_TEXT}{GROUPS_TEXT}" if len(groups) > 1 else LOAD_TEXT
     return f"<p>{MAX_VIO_TEXT}</p>{page.grid(over_time)}<p>{text}</p>{scale}{page.grid(maps)}"
+
+
+def _variable_experts(loads: LoadHistory) -> list[charts.Chart]:
+    """Return charts of the experts per token and of what was cut off, where the selector lets the number vary."""
+    found = []
+    numbers = [value for layer in loads.layers for value in layer.statistics["experts_per_token"] if value is not None]
+    if any(value != numbers[0] for value in numbers):
+        text = f"Mean number of experts that the router chose for a token. {_pooled(loads)}".strip()
+        found.append(charts.layer_chart(loads, "experts_per_token", "Experts per token", text))
+        found[-1].layout["yaxis"] = {"rangemode": "tozero"}
+    if any(value for layer in loads.layers for value in layer.statistics["truncated_mass"]):
+        text = f"Share of a token’s scores on experts that its limit, max_k, cut off. {_pooled(loads)}".strip()
+        found.append(charts.layer_chart(loads, "truncated_mass", "Cut off by max_k", text))
+        found[-1].layout["yaxis"] = {"rangemode": "tozero", "tickformat": ".0%"}
+    return found
 
 
 def _router(page: Page, run: RunFolder, loads: LoadHistory) -> str:
@@ -162,12 +178,15 @@ def _layer_table(run: RunFolder) -> str:
         "MaxVio, window": "max_vio_window",
         "CV, window": "cv_window",
         "Effective experts": "effective_experts",
+        "Experts per token": "experts_per_token",
         "Σm²": "group_mass",
         "C": "concentration",
         "Dropped": "drop_rate",
     }
     if not any(number(layer.get("drop_rate")) for layer in layers):
         del columns["Dropped"]
+    if all((number(layer.get("experts_per_token")) or 0.0).is_integer() for layer in layers):
+        del columns["Experts per token"]
     if not any(number(layer.get("effective_experts")) for layer in layers):
         del columns["Effective experts"]
     rows = [[text_of(layer.get("layer")), *(show(layer.get(key)) for key in columns.values())] for layer in layers]

@@ -21,7 +21,16 @@ MAX_LOAD_BINS = 300
 """Columns of a heat map: about the pixels it has."""
 MAX_LOAD_CELLS = 400_000
 """Cells of all heat maps together: about 2 MB of the page."""
-LAYER_STATISTICS = ("drop_rate", "max_vio_batch", "max_vio_window", "cv_window", "group_mass", "concentration")
+LAYER_STATISTICS = (
+    "experts_per_token",
+    "truncated_mass",
+    "drop_rate",
+    "max_vio_batch",
+    "max_vio_window",
+    "cv_window",
+    "group_mass",
+    "concentration",
+)
 
 
 @dataclass

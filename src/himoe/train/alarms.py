@@ -1,6 +1,6 @@
 """Alarms: faults of training that the numbers of a log line show, each with what to do about it.
 
-They look at values that are on the host anyway when a line is written, and at the biases of loss-free balancing. An
+They look at values that are on the host anyway when a line is written, and at selection biases that have a rate. An
 alarm goes off when its fault appears, and again only after the fault was gone and `QUIET_STEPS` have passed: a fault
 that comes back earlier and stays is raised once they have. What they remember goes into every checkpoint, so a resumed
 run raises the alarms of an undisturbed one.
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from himoe.balance.loss_free import LossFree
+from himoe.balance import Balancer
 from himoe.functional import scores
 from himoe.functional.selection import top_k_per_group
 from himoe.nn import MoE, moe_layers
@@ -148,11 +148,15 @@ class Alarms:
     def _bias(self, step: int) -> Iterator[Alarm]:
         if not self._biases:
             return
-        ends = torch.stack([part.bias.aminmax()[i] for _, part in self._biases for i in (0, 1)]).view(-1, 2).tolist()
+        ends = (
+            torch.stack([part.get_buffer("bias").aminmax()[i] for _, part in self._biases for i in (0, 1)])
+            .view(-1, 2)
+            .tolist()
+        )
         for (layer, part), (low, high) in zip(self._biases, ends, strict=True):
-            if part.multiplicative and high > BIAS_RATIO * low:
+            if part.bias_multiplies and high > BIAS_RATIO * low:
                 size, limit = f"{high / low:.3g} times apart", f"{BIAS_RATIO:g} times"
-            elif not part.multiplicative and high - low > BIAS_RANGE:
+            elif not part.bias_multiplies and high - low > BIAS_RANGE:
                 size, limit = f"{high - low:.3g} apart", f"scores lie within {BIAS_RANGE:g}"
             else:
                 continue
@@ -160,8 +164,9 @@ class Alarms:
                 "growing_bias",
                 step,
                 layer,
-                f"layer {layer}: the biases of loss_free are {size} at step {step} ({limit}), so they choose experts "
-                f"whatever the token says: lower its rate = {part.rate:g}, or set freeze_after",
+                f"layer {layer}: the biases of {type(part).__name__} are {size} at step {step} ({limit}), so they "
+                f"choose experts whatever the token says: lower its rate = {part.bias_step:g}, or end its moves by a "
+                "schedule",
             )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -187,11 +192,12 @@ def _key(name: str) -> tuple[str, int | None]:
     return kind, int(layer) if layer else None
 
 
-def _bounded_biases(layer: MoE) -> list[LossFree]:
-    """Return the layer's loss-free balancers, where its scores are known to lie between 0 and 1."""
+def _bounded_biases(layer: MoE) -> list[Balancer]:
+    """Return the layer's balancers whose bias moves at a rate, where its scores are known to lie between 0 and 1."""
     if layer.router.score not in (scores.softmax, scores.sigmoid):
         return []
-    return [part for part in layer.router.balancer.modules() if isinstance(part, LossFree)]
+    parts = [part for part in layer.router.balancer.modules() if isinstance(part, Balancer)]
+    return [part for part in parts if part.bias_step is not None and isinstance(getattr(part, "bias", None), Tensor)]
 
 
 def _num_groups(layer: MoE) -> int:
@@ -204,7 +210,7 @@ def _num_groups(layer: MoE) -> int:
 
 def _routing(step: int, record: Mapping[str, Any], layer: MoE) -> Iterator[Alarm]:
     """Judge how many experts, and how many groups, the layer uses."""
-    index, total, chosen = record["layer"], layer.router.num_experts, layer.router.top_k
+    index, total, chosen = record["layer"], layer.router.num_experts, record["experts_per_token"]
     used = record["effective_experts"]
     if chosen < total and used - chosen < SPARE_USED * (total - chosen):  # with all of them chosen nothing can collapse
         yield Alarm(
@@ -212,8 +218,8 @@ def _routing(step: int, record: Mapping[str, Any], layer: MoE) -> Iterator[Alarm
             step,
             index,
             f"layer {index}: the tokens of the last {WINDOW} steps went to {used:.1f} of {total} experts (effective "
-            f"number; {chosen} is the least), MaxVio {record['max_vio_window']:.2f}, at step {step}: raise the weight "
-            "of the load-balancing loss (himoe list presets NAME), add a balancer such as loss_free, or lower "
+            f"number; {chosen:.3g} is the least), MaxVio {record['max_vio_window']:.2f}, at step {step}: raise the "
+            "weight of the load-balancing loss (himoe list presets NAME), add a balancer such as loss_free, or lower "
             "train.learning_rate",
         )
     if (groups := _num_groups(layer)) > 1 and record["group_mass"] > GROUP_MASS:

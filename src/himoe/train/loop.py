@@ -21,6 +21,7 @@ from himoe.train.batches import Batch
 from himoe.train.ema import WeightAverage
 from himoe.train.means import Means
 from himoe.train.monitor import Monitor
+from himoe.train.randomness import rank, seed_noise
 from himoe.train.schedule import LearningRate
 from himoe.train.statistics import Statistics
 from himoe.types import Routing
@@ -59,6 +60,7 @@ class Trainer:
         grad_clip: largest norm of the gradient, over all parameters together.
         precision: "fp32", or "bf16" for bf16 autocast of the forward pass.
         ema_decay: of an average of the weights, per step; None for none.
+        seed: of dropout and noise (`randomness`).
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Trainer:
         grad_clip: float = 1.0,
         precision: str = "fp32",
         ema_decay: float | None = None,
+        seed: int = 0,
     ) -> None:
         self.model, self.batches, self.optimizer, self.learning_rate = model, batches, optimizer, learning_rate
         self.statistics, self.means = statistics, Means()
@@ -79,7 +82,7 @@ class Trainer:
             model, statistics.layer_indices, batch_size=batches.batch_size, accumulate=batches.accumulate
         )
         self.ema = None if ema_decay is None else WeightAverage(model, ema_decay)
-        self.grad_clip, self.precision = grad_clip, precision
+        self.grad_clip, self.precision, self.seed = grad_clip, precision, seed
         self.device = next(model.parameters()).device
         self.steps_done = 0
         self.tokens_done = 0
@@ -124,7 +127,7 @@ class Trainer:
     def _micro_batch(self, index: int) -> dict[str, Tensor]:
         """Forward, backward and observe one micro-batch; return its share of the step's means."""
         batch, accumulate = self.batches.micro_batch(self.steps_done, index), self.batches.accumulate
-        logits, routings = self._forward(batch)
+        logits, routings = self._forward(batch, index)
         targets = torch.from_numpy(batch.tokens[:, 1:]).to(self.device, torch.int64)
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         terms = moe.aux_losses(self.model, routings)
@@ -136,7 +139,8 @@ class Trainer:
         means = {"loss": loss, **{f"aux/{name}": term for name, term in terms.items()}}
         return {name: value.detach() / accumulate for name, value in means.items()}
 
-    def _forward(self, batch: Batch) -> tuple[Tensor, list[Routing]]:
+    def _forward(self, batch: Batch, index: int) -> tuple[Tensor, list[Routing]]:
+        seed_noise(self.seed, self.steps_done, index, rank())
         inputs = torch.from_numpy(batch.tokens[:, :-1]).to(self.device, torch.int64)
         borders = {}
         if batch.document_ids is not None:
@@ -151,6 +155,6 @@ class Trainer:
 
         def repeat() -> None:
             for index in range(self.batches.accumulate):
-                self._forward(self.batches.micro_batch(self.steps_done, index))
+                self._forward(self.batches.micro_batch(self.steps_done, index), index)
 
         raise DivergedError(diverged(self.model, number, loss=loss_value, grad_norm=norm_value, forward=repeat))

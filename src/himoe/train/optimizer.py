@@ -4,8 +4,9 @@ Decayed: every matrix, that is projections, stacked expert weights, the gate and
 also the output head). Not decayed: vectors (norm gains, biases, a learned expert scale). Balancer state lives in
 buffers and never meets the optimizer.
 
-Muon's: the matrices of attention, dense layers, experts and shared experts, found by type. AdamW's: embeddings, head,
-everything in a router, all vectors, and what stands outside of blocks and MoE layers.
+Muon's: the matrices of attention, dense layers, experts and shared experts, found by type. AdamW's: embeddings, which
+the vectors of constant experts are too, head, gates and everything in a router, all vectors, and what stands outside of
+blocks and MoE layers.
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from himoe.models.attention import Attention
 from himoe.models.lm import Block
-from himoe.nn import MoE, Router
+from himoe.nn import Gate, MoE, Router
 from himoe.train.muon import Muon
 
 FUSED_DEVICES = ("cpu", "cuda")
@@ -43,19 +44,19 @@ def hidden_matrices(model: nn.Module) -> dict[nn.Parameter, tuple[int, ...]]:
     """Return the parameters that are hidden matrices, each with the rows of the matrices that are fused in it."""
     fused: dict[Tensor, tuple[int, ...]] = {}
     inside: dict[nn.Parameter, None] = {}
-    routers: set[nn.Parameter] = set()
+    others: set[nn.Parameter] = set()
     for module in model.modules():
         if isinstance(module, Block | MoE):
             inside |= dict.fromkeys(module.parameters())
-        elif isinstance(module, Router):
-            routers |= set(module.parameters())
+        elif isinstance(module, Router | Gate | nn.Embedding):
+            others |= set(module.parameters())
         elif isinstance(module, Attention):
             heads = (module.num_heads, module.num_kv_heads, module.num_kv_heads)
             fused[module.qkv_proj.weight] = tuple(number * module.head_dim for number in heads)
         elif (both := getattr(module, "gate_up_proj", None)) is not None:
             weight = both.weight if isinstance(both, nn.Linear) else both
             fused[weight] = (weight.shape[-2] // 2,) * 2
-    matrices = [parameter for parameter in inside if parameter.ndim in (2, 3) and parameter not in routers]
+    matrices = [parameter for parameter in inside if parameter.ndim in (2, 3) and parameter not in others]
     return {matrix: fused.get(matrix, (matrix.shape[-2],)) for matrix in matrices}
 
 

@@ -30,6 +30,7 @@ FREE_KEYS = {
     "data.eval_tokens",
     "moe.backend",
     "moe.force",
+    "moe.allow_non_causal",
     "train.accumulate",
     "train.recompute",
     "train.compile",

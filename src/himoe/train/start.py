@@ -10,6 +10,7 @@ from himoe.build import build_groups, build_model
 from himoe.config import Config
 from himoe.data import ByteTokenizer, Corpus, Tokenizer, TrainingOrder, load_tokenizer
 from himoe.errors import CheckpointError, ConfigError, DataError
+from himoe.nn import moe_layers
 from himoe.run_folder import run_of
 from himoe.train.batches import Batches
 from himoe.train.checkpoint import AVERAGE, MODEL, Checkpoint, load_model_tensors, open_checkpoint
@@ -107,10 +108,16 @@ def build_trainer(config: Config, corpus: Corpus, start: WarmStart | None = None
             muon_momentum=settings.muon_momentum,
         ),
         learning_rate=schedule_of(settings.model_dump()),
-        statistics=Statistics(model.moe_layer_indices(), build_groups(config.moe), device=best_device()),
+        statistics=Statistics(
+            model.moe_layer_indices(),
+            build_groups(config.moe),
+            routers=[layer.router for layer in moe_layers(model)],
+            device=best_device(),
+        ),
         grad_clip=settings.grad_clip,
         precision=settings.precision,
         ema_decay=settings.ema_decay,
+        seed=config.seed,
     )
 
 

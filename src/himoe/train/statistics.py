@@ -4,6 +4,7 @@ Aggregation levels (a metric's level is part of its name): `batch` is one optimi
 `window` the sum of the last 50 steps, and an interval is the steps since the last read-out. MaxVio and CV are of the
 pairs as selected, so that a capacity limit cannot hide an imbalance; `load` is of the pairs it kept. Without drops both
 are the same. Σ_g m_g² and C_g are means over tokens of softmax(raw logits), whatever the router does with them later.
+Experts per token are a mean too: some selectors give every token as many as it needs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from himoe.functional import losses, stats
 from himoe.functional.groups import Groups
+from himoe.nn import Router
 from himoe.types import Routing
 
 WINDOW = 50
@@ -25,6 +27,7 @@ class Statistics:
     Args:
         layer_indices: where the MoE layers stand in the model, in the order of the routings.
         groups: the groups to measure by, the same in every layer, whether or not the router chooses by group.
+        routers: of the layers, to measure what their selectors' `max_k` cuts off; without them nothing is.
         window: steps in the window.
         device: where routings live.
     """
@@ -34,10 +37,11 @@ class Statistics:
         layer_indices: Sequence[int],
         groups: Groups,
         *,
+        routers: Sequence[Router] = (),
         window: int = WINDOW,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.layer_indices, self.groups = list(layer_indices), groups
+        self.layer_indices, self.groups, self.routers = list(layer_indices), groups, list(routers)
         layers, experts = len(self.layer_indices), groups.num_experts
         pairs = torch.zeros(layers, experts, dtype=torch.int64, device=device)
         sums = torch.zeros(layers, dtype=torch.float64, device=device)
@@ -46,9 +50,11 @@ class Statistics:
         self._interval = {
             "kept": pairs.clone(),
             "selected": pairs.clone(),
+            "tokens": torch.zeros(layers, dtype=torch.int64, device=device),
             "max_vio": sums.clone(),  # Σ over steps
             "group_mass": sums.clone(),  # Σ over micro-batches of the mean Σ_g m_g²
             "concentration": sums.clone(),  # Σ over micro-batches of the mean C_g
+            "truncated": sums.clone(),  # Σ over micro-batches of the mean truncated mass
         }
         self._steps = self._interval_steps = self._interval_micro_batches = 0
 
@@ -65,6 +71,12 @@ class Statistics:
         mass, concentration = zip(*(losses.group_measures(routing, self.groups) for routing in routings), strict=True)
         self._interval["group_mass"] += torch.stack(mass)
         self._interval["concentration"] += torch.stack(concentration)
+        for layer, routing in enumerate(routings):
+            mask = routing.context.mask
+            self._interval["tokens"][layer] += routing.logits.shape[0] if mask is None else mask.sum()
+        for layer, router in enumerate(self.routers):
+            if (wanted := router.wanted(routings[layer])) is not None:
+                self._interval["truncated"][layer] += stats.truncated_mass(routings[layer], wanted)
         self._interval_micro_batches += 1
 
     @torch.no_grad()
@@ -85,6 +97,8 @@ class Statistics:
         steps, micro_batches = max(1, self._interval_steps), max(1, self._interval_micro_batches)
         kept, selected = (sums[name].sum(-1).double() for name in ("kept", "selected"))
         columns = {
+            "experts_per_token": selected / sums["tokens"].clamp(min=1),
+            "truncated_mass": sums["truncated"] / micro_batches,
             "drop_rate": (selected - kept) / selected.clamp(min=1),
             "max_vio_batch": sums["max_vio"] / steps,
             "max_vio_window": stats.max_vio(window),

@@ -73,6 +73,7 @@ class Usage:
         pairs = selected.sum(-1)
         group_mass, concentration = self._means / self._tokens.clamp(min=1)
         columns = {
+            "experts_per_token": pairs / self._tokens.clamp(min=1),
             "drop_rate": (pairs - kept.sum(-1)) / pairs.clamp(min=1),
             "max_vio_global": stats.max_vio(selected),
             "cv_global": stats.coefficient_of_variation(selected),

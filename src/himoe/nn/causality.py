@@ -1,0 +1,25 @@
+"""Which parts of a model say of themselves that a later token can change an earlier one's routing.
+
+A part says so with `causal = False`: any module (a balancer, a dispatcher, a gate, experts), or the function that is a
+selector or a score, through `functools.partial` too. A `causal_reason` beside it says why, in a few words. That a part
+says nothing proves nothing: `himoe.testing.check_causality` measures it.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from himoe.nn.moe import moe_layers
+from himoe.nn.router import Router
+
+
+def non_causal_parts(model: nn.Module) -> dict[str, str]:
+    """Return the names of the parts that say they are not causal, each with its reason, empty where it gives none."""
+    parts: list[Any] = [module for module in model.modules() if not isinstance(module, Router)]
+    for layer in moe_layers(model):
+        parts += [getattr(f, "func", f) for f in (layer.router.selector, layer.router.score)]
+    return {
+        getattr(part, "__name__", type(part).__name__): getattr(part, "causal_reason", "")
+        for part in parts
+        if getattr(part, "causal", True) is False
+    }

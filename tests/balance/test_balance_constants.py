@@ -1,0 +1,82 @@
+"""What each loss is worth at perfect balance, for every K and score function, and that imbalance costs more."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from strategies import WITH_LOSSES, E, build, look
+from torch import Tensor
+
+from himoe import Balancer, Routing, registry
+
+WEIGHT = 0.3
+# As the strategies' files say. A loss that claims to balance and has no line here fails the first test.
+CONSTANT = {
+    "switch": WEIGHT,
+    "sequence": WEIGHT,
+    "global_batch": WEIGHT,
+    "importance": 0.0,
+    "load": 0.0,
+    "phi": WEIGHT * (1 - math.log(E)),
+    "similarity": 0.0,
+}
+
+
+def wheel(row: Tensor) -> Tensor:
+    """Every expert once in every place."""
+    return torch.stack([row.roll(turn) for turn in range(len(row))])
+
+
+def balanced(k: int, score: str, sequences: int = 2, dtype: torch.dtype = torch.float64) -> Routing:
+    """Loads, mean probabilities, summed weights, all equal; the gate's rows are orthogonal."""
+    row = torch.tensor([2.0, 1.5, 0.7, -0.4, -1.0, -1.2, -1.9, -2.5], dtype=dtype)
+    noise = torch.tensor([0.3, -0.2, 0.9, 0.1, -0.8, 0.6, 0.0, -0.5], dtype=dtype)
+    std = torch.tensor([0.5, 0.6, 0.7, 0.4, 0.8, 0.9, 1.0, 0.3], dtype=dtype)
+    x, noise, std = (wheel(values).repeat(sequences, 1) for values in (row, noise, std))
+    routing = look(torch.eye(E, dtype=dtype), x, k, noise=noise, std=std, score=score)
+    return routing.replace(context=dataclasses.replace(routing.context, batch_shape=(sequences, E)))
+
+
+def value(balancer: Balancer, routing: Routing) -> float:
+    (found,) = balancer.losses(routing).values()
+    return found.item()
+
+
+def test_every_loss_that_claims_to_balance_documents_its_constant():
+    claiming = {name for name in WITH_LOSSES if registry.load("balancers", name).balances_load}
+    assert set(CONSTANT) == claiming | {"similarity"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("k", range(1, E + 1))
+@pytest.mark.parametrize("name", CONSTANT)
+def test_constant_at_perfect_balance(name, k, score, dtype):
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-12
+    if name == "phi":
+        tolerance = 1e-6  # its state is fp32
+    for source in ("raw", "corrected"):
+        found = value(build(name, weight=WEIGHT, source=source), balanced(k, score, dtype=dtype))
+        assert found == pytest.approx(CONSTANT[name], abs=tolerance)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("k", [1, 2, 5])
+@pytest.mark.parametrize("name", sorted(set(CONSTANT) - {"phi"}))
+def test_a_collapsed_router_costs_more(name, k, score):
+    """All tokens want the same experts: E/K − 1 for a CV², E/K for E·Σ f P where P is all on the selected."""
+    row = torch.where(torch.arange(E) < k, 60.0, -60.0).double()
+    weight = torch.zeros(E, 3, dtype=torch.float64)
+    weight[:, 0] = row  # the gate's rows lie on one line
+    x = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64).expand(6, 3)
+    routing = look(weight, x, k, noise=torch.zeros(6, E).double(), score=score)
+    found = value(build(name, weight=WEIGHT), routing)
+    expected = {"importance": E / k - 1, "load": E / k - 1, "similarity": E * E - E}.get(name, E / k)
+    assert found == pytest.approx(WEIGHT * expected, rel=1e-6)
+
+
+def test_the_constant_of_phi_asks_nothing_of_the_batch():
+    row = torch.where(torch.arange(E) < 1, 9.0, 0.0).double()
+    routing = look(torch.eye(E).double(), row.expand(5, E))
+    assert value(build("phi", weight=WEIGHT), routing) == pytest.approx(CONSTANT["phi"], abs=1e-6)

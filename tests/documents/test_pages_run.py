@@ -1,0 +1,52 @@
+"""The code on the pages that teach runs as it is printed."""
+
+import re
+import shutil
+import sys
+
+import pytest
+from pages import ROOT, Page
+
+pytestmark = pytest.mark.filterwarnings("ignore::himoe.errors.HimoeWarning")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder with a little text to train on, and a cache of its own."""
+    monkeypatch.setenv("HIMOE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    (tmp_path / "text.txt").write_text("".join(f"{i} words, some others, {i * i}\n\n" for i in range(3000)))
+    return tmp_path
+
+
+def page(name, folder):
+    """Read a page; its runs learn the little text of the folder."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return Page(re.sub(r"^(himoe train .*?)( --out)", r"\1 --data text.txt\2", text, flags=re.M), folder)
+
+
+def test_the_python_of_the_readme_runs(folder):
+    assert page("README.md", folder).run(("python",)) == ["python", "python"]
+
+
+def test_the_howto_of_a_new_balancer_runs(folder):
+    ran = page("docs/howto/new-balancer.md", folder).run()
+    assert ran[:3] == ["overload.py", "test_overload.py", "python -m pytest -q test_overload.py"]
+    assert [words.split()[1] for words in ran[-3:]] == ["list", "train", "check"]
+    assert '"overload"' in (folder / "runs/overload/metrics.jsonl").read_text()  # its loss is logged by its name
+
+
+def test_the_howto_names_files_and_lines_that_are_there():
+    text = (ROOT / "docs/howto/new-balancer.md").read_text(encoding="utf-8")
+    for name in re.findall(r"`(balance/\w+\.py)`", text):
+        assert (ROOT / "src/himoe" / name).exists(), name
+    assert "BALANCERS = {" in (ROOT / "src/himoe/registry.py").read_text()
+
+
+def test_the_examples_run(folder, monkeypatch):
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    monkeypatch.syspath_prepend(str(folder / "examples"))
+    ran = page("examples/README.md", folder).run()
+    assert len(ran) == 4 and ran[-1] == "python"
+    sys.modules.pop("third_party", None), sys.modules.pop("third_party.annealed", None)
+    assert len((ROOT / "examples/README.md").read_text().splitlines()) <= 40  # one screen
