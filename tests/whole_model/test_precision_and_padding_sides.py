@@ -70,11 +70,17 @@ def test_autocast_leaves_fp64_experts_alone():
     assert y.dtype == torch.float64
 
 
-def test_a_balancer_that_does_nothing_excuses_no_collapse():
-    terms = TwoLevelTerms(8, 4, lambda_intra=5.0)
-    for idle in (SequenceBalance(weight=0.1), LossFree(8, rate=0.0)):
-        with pytest.raises(GuardError, match="without any load-balancing part"):
-            check_guards(Chain(terms, idle), top_k=4)
+@pytest.mark.parametrize(
+    ("weak", "reason"),
+    [
+        (SequenceBalance(weight=0.1), r"lambda_intra/alpha = 5/0.1 = 50 > 2.5"),
+        (SequenceBalance(weight=0.0), "without any load-balancing part"),
+        (LossFree(8, rate=0.0), "without any load-balancing part"),
+    ],
+)
+def test_a_balancer_that_does_little_or_nothing_excuses_no_collapse(weak, reason):
+    with pytest.raises(GuardError, match=reason):
+        check_guards(Chain(TwoLevelTerms(8, 4, lambda_intra=5.0), weak), top_k=4)
 
 
 @pytest.mark.parametrize("make", [presets.moge, presets.hi_moe])
