@@ -9,9 +9,9 @@ once per optimizer step, over all its micro-batches and ranks, and re-centred. H
 d = cutoff − (s + b) goes into a histogram per expert (`functional/histogram.py`) and b moves by the quantile of d:
 the same value, in bins that become finer as loads become equal, where uniform bins fail for many experts.
 
-We rank by log s + b (`space = "log"`): for softmax scores that is logit + b, token by token, and it knows no scale.
-`linear` ranks by s + b, as published for sigmoid scores. Either way only the order is meant: it suits selectors that
-take the K best; one that adds scores up (`top_k_in_best_groups`) adds up logarithms, and thresholds mean other values.
+We rank by log s + b (`space = "log"`): for softmax scores that is logit + b, token by token, and it knows no scale. The
+selector gets s·exp(b), which has the same order and stays positive. `linear` ranks by s + b, as published for sigmoid
+scores. Either way only the order is meant: it suits selectors that take the K best; thresholds mean other values.
 """
 
 from collections.abc import Sequence
