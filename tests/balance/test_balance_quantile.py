@@ -4,6 +4,7 @@ import pytest
 import torch
 from free_router import choices, one_step, random_logits, route
 
+from himoe import RouterContext
 from himoe.balance import PerGroup, Quantile
 from himoe.errors import ConfigError
 from himoe.functional import stats
@@ -161,3 +162,15 @@ def test_it_counts_in_int64_and_does_not_look_at_the_choice():
 def test_wrong_options(arguments, options, text):
     with pytest.raises(ConfigError, match=text):
         Quantile(*arguments, **options)
+
+
+def test_the_choice_has_the_order_of_log_scores_plus_bias_and_stays_positive():
+    """So selectors that add scores up, or compare them with 0, still see scores."""
+    balancer = Quantile(6, 2)
+    with torch.no_grad():
+        balancer.bias.copy_(torch.tensor([2.0, -3.0, 0.0, 1.0, -1.0, 1.0]))
+    scores = torch.randn(20, 6, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    choice = balancer.adjust_choice(scores, RouterContext())
+    assert (choice > 0).all()
+    assert torch.equal(choice.argsort(-1), (scores.log() + balancer.bias).argsort(-1))
+    assert (balancer.adjust_choice(torch.zeros(1, 6), RouterContext()) == 0).all()
