@@ -65,8 +65,8 @@ EXPERTS = {
 }
 PRESETS = {
     "hi_moe": "himoe.presets.hi_moe:hi_moe",
-    "hi_moe_paper": "himoe.presets.hi_moe:hi_moe_paper",
-    "hi_moe_official": "himoe.presets.hi_moe:hi_moe_official",
+    "hi_moe_paper": "himoe.presets.hi_moe_published:hi_moe_paper",
+    "hi_moe_official": "himoe.presets.hi_moe_published:hi_moe_official",
     "moge": "himoe.presets.moge:moge",
     "switch": "himoe.presets.switch:switch",
     "loss_free": "himoe.presets.loss_free:loss_free",
@@ -84,11 +84,11 @@ GROUPED_PRESETS = frozenset({"hi_moe", "hi_moe_paper", "hi_moe_official", "moge"
 GOES_WITH: dict[str, dict[str, dict[str, Any]]] = {
     "balancers": {
         "load": {"gate": "noisy"},
-        "relu_sparsity": {"selector": "threshold", "score": "relu", "renormalize": False},
+        "relu_sparsity": {"selector": "threshold", "score": "relu"},
         "expert_threshold": {"selector": "threshold"},
     },
     "scores": {
-        "relu": {"selector": "threshold", "renormalize": False, "balancer": "relu_sparsity"},
+        "relu": {"selector": "threshold", "balancer": "relu_sparsity"},
         "softmax_per_group": {"selector": "top_k_per_group"},
     },
 }

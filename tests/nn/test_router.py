@@ -251,6 +251,12 @@ def test_weights_are_renormalised_however_small_their_scores_are():
     assert torch.allclose(routing.weights, torch.tensor([-30.0, -31.0]).softmax(0))
 
 
+def test_replayed_choices_say_how_many_places_they_have():
+    chosen = partial(replay, expert_ids=torch.tensor([[1, 2], [0, 1], [2, 0]]))
+    router = Router(nn.Identity(), chosen, num_experts=3)
+    assert router.top_k == router(torch.zeros(3, 3)).top_k == 2
+
+
 def test_padding_may_hold_nan():
     torch.manual_seed(0)
     router = Router(Gate(4, 6), partial(top_k, k=2), num_experts=6)

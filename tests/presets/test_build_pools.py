@@ -13,7 +13,7 @@ from himoe.config import load_config
 from himoe.config.schema import ModelConfig, MoEConfig
 from himoe.errors import ConfigError, HimoeWarning
 from himoe.functional.dispatch import ORDERS
-from himoe.nn import ConstantExperts, CopyExperts, GatedNetwork, ReLU2MLP, ReLUMLP, SwiGLU, ZeroExperts
+from himoe.nn import GELUMLP, ConstantExperts, CopyExperts, GatedNetwork, ReLU2MLP, ReLUMLP, SwiGLU, ZeroExperts
 
 FLAT = {"preset": "switch", "top_k": 3, "num_groups": 1}
 
@@ -126,6 +126,11 @@ def test_experts_without_hidden_layer_beside_ordinary_ones():
 def test_what_cannot_be_is_named(moe, text):
     with pytest.raises(ConfigError, match=text):
         layer(**moe)
+
+
+@pytest.mark.parametrize(("experts", "kind"), [("relu2", ReLU2MLP), ("gelu", GELUMLP), ("zero", SwiGLU)])
+def test_a_shared_expert_is_of_the_kind_of_the_others_where_it_can_be(experts, kind):
+    assert type(layer(shared_dim=20, experts=experts).shared_expert) is kind
 
 
 def test_a_shared_expert_with_a_gate():

@@ -108,6 +108,18 @@ def test_other_parts_that_balance_count():
         check(TwoLevelTerms(E, G), Switch(weight=0.003))
 
 
+def test_balancing_that_a_schedule_ends_does_not_count_unless_the_terms_end_with_it():
+    def ending(*parts):
+        return Schedule(Chain(*parts), "off_after", steps=5)
+
+    for part in (Switch(weight=0.01), LossFree(E)):
+        silent(lambda part=part: check(TwoLevelTerms(E, G), part))
+        with pytest.raises(GuardError, match="without any load-balancing part"):
+            check(TwoLevelTerms(E, G), ending(part))
+    silent(lambda: check(ending(TwoLevelTerms(E, G), Switch(weight=0.01))))
+    silent(lambda: check(ending(TwoLevelTerms(E, G)), Switch(weight=0.01)))
+
+
 def test_terms_inside_other_balancers_are_found():
     for wrapped in (
         Schedule(TwoLevelTerms(E, G), "warmup", steps=5),

@@ -7,6 +7,7 @@ from himoe.balance.expert_threshold import ExpertThreshold
 from himoe.balance.global_batch import GlobalBatch
 from himoe.balance.importance import Importance
 from himoe.balance.load import Load
+from himoe.balance.local_entropy import LocalEntropy
 from himoe.balance.logit_correction import LogitCorrection
 from himoe.balance.loss_free import LossFree
 from himoe.balance.momentum import Momentum
@@ -29,6 +30,7 @@ __all__ = [
     "GlobalBatch",
     "Importance",
     "Load",
+    "LocalEntropy",
     "LogitCorrection",
     "LossFree",
     "Momentum",

@@ -53,7 +53,9 @@ class Schedule(Balancer):
             raise ConfigError(f"schedule = {kind!r}: must be one of {', '.join(self.KINDS)}")
         if steps < 1:
             raise ConfigError(f"schedule {kind}: steps = {steps} must be at least 1")
-        has = {"losses": _has_losses(balancer), "moves": _moves(balancer)}
+        parts = [part for part in balancer.modules() if isinstance(part, Balancer) and not part.passes_on]
+        losses = any(type(part).losses is not Balancer.losses for part in parts)
+        has = {"losses": losses, "moves": any(map(_moves, parts))}
         if scales is None:
             scales = "losses" if has["losses"] or only is not None else "moves"
         if scales not in self.SCALES:
@@ -113,18 +115,6 @@ class Schedule(Balancer):
         self.num_steps.add_(1)
 
 
-def _parts(balancer: Balancer) -> list[Balancer]:
-    """Return the balancer and those within it, without the ones that only pass on what others do."""
-    return [part for part in balancer.modules() if isinstance(part, Balancer) and not part.passes_on]
-
-
-def _has_losses(balancer: Balancer) -> bool:
-    return any(type(part).losses is not Balancer.losses for part in _parts(balancer))
-
-
-def _moves(balancer: Balancer) -> bool:
+def _moves(part: Balancer) -> bool:
     """Return whether a step moves state that is not a count."""
-    return any(
-        type(part).step is not Balancer.step and any(buffer.is_floating_point() for buffer in part.buffers())
-        for part in _parts(balancer)
-    )
+    return type(part).step is not Balancer.step and any(buffer.is_floating_point() for buffer in part.buffers())

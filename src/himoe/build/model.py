@@ -84,7 +84,7 @@ def build_moe(moe: MoEConfig, dim: int) -> MoE:
     dispatcher = Dropless()
     if moe.capacity_factor is not None:
         dispatcher = Capacity(moe.capacity_factor, order=moe.capacity_order)
-    shared = SwiGLU(dim, moe.shared_dim) if moe.shared_dim else None
+    shared = DENSE.get(moe.experts, SwiGLU)(dim, moe.shared_dim) if moe.shared_dim else None
     if shared is not None and moe.shared_gate:
         shared = GatedNetwork(shared, dim)
     layer = MoE(build_router(moe, dim), experts, dispatcher=dispatcher, shared_expert=shared)

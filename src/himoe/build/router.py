@@ -9,6 +9,7 @@ from himoe.balance import Balancer, Chain, PerGroup, Schedule
 from himoe.build.calling import bind, call, check_type, construct, parameters_of, try_out
 from himoe.config.schema import BalancerEntry, MoEConfig
 from himoe.errors import ConfigError, HimoeWarning
+from himoe.functional.bound import unbound
 from himoe.functional.groups import Groups
 from himoe.nn import Router
 from himoe.presets import check_guards
@@ -46,14 +47,13 @@ def _renormalizes(moe: MoEConfig, selector: Callable[..., Any], score: Callable[
     """Return what the configuration says, else what score or selector were published with, else whether K > 1."""
     if moe.renormalize is not None:
         return moe.renormalize
-    published = (getattr(getattr(part, "func", part), "renormalize", None) for part in (score, selector))
+    published = (getattr(unbound(part), "renormalize", None) for part in (score, selector))
     return next((stated for stated in published if stated is not None), moe.top_k > 1)
 
 
 def _warn_of_what_cannot_learn(moe: MoEConfig, router: Router) -> None:
-    selector = getattr(router.selector, "func", router.selector)
     parts = [part for part in router.balancer.modules() if isinstance(part, Balancer)]
-    if not any(getattr(part, "balances_load", False) for part in (selector, *parts)):
+    if not any(getattr(part, "balances_load", False) for part in (unbound(router.selector), *parts)):
         warnings.warn(
             "moe.selector without moe.balancers that balance load: nothing keeps the experts evenly used",
             HimoeWarning,

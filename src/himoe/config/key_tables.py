@@ -7,8 +7,8 @@ import annotated_types as bounds
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from himoe.config.kinds import LARGEST
 from himoe.config.schema import Config
-from himoe.config.sections import LARGEST
 from himoe.config.toml import format_value
 
 PLAIN_TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "none"}

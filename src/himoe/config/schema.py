@@ -8,18 +8,11 @@ from typing import Any, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from himoe.config.kinds import STRICT
+from himoe.config.moe_section import BalancerEntry, MoEConfig, PoolEntry, ScheduleEntry
 from himoe.config.problems import Problem, config_error, translate
 from himoe.config.rules import broken_rules, fill_in, flatten
-from himoe.config.sections import (
-    STRICT,
-    BalancerEntry,
-    DataConfig,
-    ModelConfig,
-    MoEConfig,
-    PoolEntry,
-    ScheduleEntry,
-    TrainConfig,
-)
+from himoe.config.sections import DataConfig, ModelConfig, TrainConfig
 
 __all__ = ["BalancerEntry", "Config", "DataConfig", "MoEConfig", "ModelConfig", "TrainConfig", "key_tree"]
 

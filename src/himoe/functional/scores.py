@@ -37,7 +37,10 @@ def sqrt_softplus(logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
 
 
 def relu(logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
-    """max(logit, 0) per expert, for the selector `threshold` (ReMoE, arXiv 2412.14711); a row can be all 0."""
+    """max(logit, 0) per expert, for the selector `threshold` (ReMoE, arXiv 2412.14711); a row can be all 0.
+
+    A bias added to the choice can lift a score of 0 over the threshold: that expert is computed, and weighs 0.
+    """
     return logits.relu()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from himoe.functional.bound import name_of, unbound
 from himoe.nn.moe import moe_layers
 from himoe.nn.router import Router
 
@@ -17,9 +18,7 @@ def non_causal_parts(model: nn.Module) -> dict[str, str]:
     """Return the names of the parts that say they are not causal, each with its reason, empty where it gives none."""
     parts: list[Any] = [module for module in model.modules() if not isinstance(module, Router)]
     for layer in moe_layers(model):
-        parts += [getattr(f, "func", f) for f in (layer.router.selector, layer.router.score)]
+        parts += [unbound(f) for f in (layer.router.selector, layer.router.score)]
     return {
-        getattr(part, "__name__", type(part).__name__): getattr(part, "causal_reason", "")
-        for part in parts
-        if getattr(part, "causal", True) is False
+        name_of(part): getattr(part, "causal_reason", "") for part in parts if getattr(part, "causal", True) is False
     }

@@ -20,7 +20,7 @@ from himoe.balance.base import STEP_COUNTS, add_over_ranks
 from himoe.errors import ConfigError
 from himoe.functional.stats import selected_load
 from himoe.nn.moe import MoE, moe_layers
-from himoe.types import Routing
+from himoe.types import RouterContext, Routing
 
 Routings = Sequence[Routing | None]
 
@@ -112,6 +112,23 @@ def observe(model: nn.Module, routings: Routings) -> None:
             layer.router.balancer.observe(routing)
 
 
+@torch.no_grad()
 def step(model: nn.Module) -> None:
-    """Move every balancer's state, once per optimizer step: one all-reduce for the whole model."""
-    step_balancers(layer.router.balancer for layer in moe_layers(model))
+    """Move every balancer's state, once per optimizer step: one all-reduce for the whole model.
+
+    A layer that did not run on this rank takes part with no tokens, since it may have run on another.
+    """
+    layers = moe_layers(model)
+    for layer in layers:
+        if not any(part.sums for part in layer.router.balancer.modules() if isinstance(part, Balancer)):
+            layer.router.balancer.observe(_no_tokens(layer))
+    step_balancers(layer.router.balancer for layer in layers)
+
+
+def _no_tokens(layer: MoE) -> Routing:
+    """Return the routing of an empty batch, without running the gate: it may be sharded or wait for other ranks."""
+    device = next(layer.router.parameters(), torch.empty(0)).device
+    values = torch.zeros(0, layer.router.num_experts, device=device)
+    ids = torch.zeros(0, layer.router.top_k, dtype=torch.int64, device=device)
+    context = RouterContext(batch_shape=(0,), noise=values, noise_std=values, training=True)
+    return Routing(values, values, ids, ids.to(values.dtype), ids.bool(), ids.bool(), context)

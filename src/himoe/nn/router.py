@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from himoe.balance import Balancer
 from himoe.errors import ConfigError
 from himoe.functional import scores as score_functions
+from himoe.functional.bound import bound_options, name_of, unbound
 from himoe.functional.precision import accumulation_dtype, without_autocast
 from himoe.nn.saved_routing import saved_routing
 from himoe.types import RouterContext, Routing
@@ -60,12 +61,16 @@ class Router(nn.Module):
     @property
     def selector_name(self) -> str:
         """Name of the selector's function."""
-        function = getattr(self.selector, "func", self.selector)
-        return getattr(function, "__name__", type(function).__name__)
+        return name_of(self.selector)
 
     @cached_property
     def top_k(self) -> int:
-        """K, the number of places the selector has for every token; it need not fill them all."""
+        """K, the number of places the selector has for every token; it need not fill them all.
+
+        A selector may say it by an attribute `places`, a function of its options; others choose for one zero token.
+        """
+        if (places := getattr(unbound(self.selector), "places", None)) is not None:
+            return places(**bound_options(self.selector))
         try:
             with torch.device("cpu"):  # also where the model is built on the meta device
                 context = RouterContext(batch_shape=(1,), token_ids=torch.zeros(1, dtype=torch.int64))
@@ -123,10 +128,10 @@ class Router(nn.Module):
 
         Only for a routing of this router from before its balancers' next step, since they move what is chosen.
         """
-        rule = getattr(getattr(self.selector, "func", self.selector), "wanted", None)
+        rule = getattr(unbound(self.selector), "wanted", None)
         if rule is None or routing.top_k == routing.num_experts:
             return None
-        options = {name: value for name, value in getattr(self.selector, "keywords", {}).items() if name != "max_k"}
+        options = {name: value for name, value in bound_options(self.selector).items() if name != "max_k"}
         choice = self.balancer.adjust_choice(routing.scores.detach(), routing.context)
         return rule(choice, routing.context, **options)
 

@@ -4,7 +4,8 @@ from himoe.presets.deepseek_v3 import deepseek_v3
 from himoe.presets.expert_choice import expert_choice
 from himoe.presets.glm4_moe import glm4_moe
 from himoe.presets.guards import check_guards
-from himoe.presets.hi_moe import hi_moe, hi_moe_official, hi_moe_paper
+from himoe.presets.hi_moe import hi_moe
+from himoe.presets.hi_moe_published import hi_moe_official, hi_moe_paper
 from himoe.presets.loss_free import loss_free
 from himoe.presets.mixtral import mixtral
 from himoe.presets.moge import moge

@@ -3,9 +3,11 @@
 import warnings
 
 import torch
+from torch import nn
 
-from himoe.balance import Balancer, DualAscent, TwoLevelTerms
+from himoe.balance import Balancer, DualAscent, Schedule, TwoLevelTerms
 from himoe.errors import ConfigError, GuardError, HimoeWarning
+from himoe.functional.bound import name_of
 from himoe.nn.router import ScoreFunction
 
 MAX_RATIO = 2.5  # λ_intra/α; on a toy, CV inside a group was .17 at 1, .28 at 2.5, and one expert took all at 10
@@ -76,7 +78,7 @@ def _warn_of_one_group(terms: TwoLevelTerms, top_k: int) -> None:
 
 
 def _refuse_collapse(terms: TwoLevelTerms, balancer: Balancer, force: bool) -> None:
-    parts = [m for m in balancer.modules() if isinstance(m, Balancer)]
+    parts = [m for m in balancer.modules() if isinstance(m, Balancer) and m not in _ending_before(terms, balancer)]
     alpha = sum(part.alpha or 0 for part in parts)
     if any(_balances_by_other_means(part) for part in parts):
         return  # no ratio is known to fail
@@ -98,6 +100,12 @@ def _refuse_collapse(terms: TwoLevelTerms, balancer: Balancer, force: bool) -> N
     warnings.warn(message, HimoeWarning, stacklevel=4)
 
 
+def _ending_before(terms: TwoLevelTerms, balancer: Balancer) -> set[nn.Module]:
+    """Return what a schedule switches off while the terms go on."""
+    ends = [m for m in balancer.modules() if isinstance(m, Schedule) and m.kind == "off_after"]
+    return {part for end in ends if terms not in end.modules() for part in end.modules()}
+
+
 def _balances_by_other_means(part: Balancer) -> bool:
     """Return whether a part drives loads towards equality by moving the choice, or by a loss unlike `Switch`'s."""
     if not part.balances_load or part.alpha is not None:
@@ -112,13 +120,12 @@ def _warn_of_step(part: Balancer, step: float, score: ScoreFunction, num_experts
         spread /= mean
     if num_experts == 1 or step <= MAX_STEP * spread:
         return
-    name = getattr(getattr(score, "func", score), "__name__", type(score).__name__)
     relative = " relative to their mean" if part.bias_multiplies else ""
     warnings.warn(
         f"{type(part).__name__}: the bias moves by {step:g} a step, {step / max(spread, TINY):.3g} times the spread"
-        f"{relative} {spread:.3g} of {name} scores over {num_experts} experts (standard deviation, for unit-normal "
-        f"logits), so that it decides instead of the score; use a rate below {MAX_STEP * spread:.2g}, or scores that "
-        "lie further apart, such as sigmoid",
+        f"{relative} {spread:.3g} of {name_of(score)} scores over {num_experts} experts (standard deviation, for "
+        f"unit-normal logits), so that it decides instead of the score; use a rate below {MAX_STEP * spread:.2g}, or "
+        "scores that lie further apart, such as sigmoid",
         HimoeWarning,
         stacklevel=4,
     )

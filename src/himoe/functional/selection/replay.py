@@ -49,6 +49,10 @@ def replay(
     return all_selected(expert_ids) if selected is None else (expert_ids, selected.to(scores.device))
 
 
+# It cannot be asked for one token, since it has T to give.
+replay.places = lambda expert_ids, **_: expert_ids.shape[-1]  # type: ignore[attr-defined]
+
+
 def _check_range(expert_ids: Int[Tensor, "T K"], num_experts: int) -> None:
     message = f"replay: expert_ids must lie between 0 and {num_experts - 1} (num_experts = {num_experts})"
     inside = ((expert_ids >= 0) & (expert_ids < num_experts)).all()
