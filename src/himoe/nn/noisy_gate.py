@@ -3,8 +3,8 @@
     H(x) = x Wᵀ + ε·σ(x)      σ(x) = softplus(x W_noiseᵀ) + noise_floor      ε normal, in training only
 
 The gate gives both parts; the router draws ε, adds it before anything else looks at the logits, and hands noise and σ
-on to the balancers, such as the loss `load`, which asks how likely an expert was to be chosen. ε is drawn for padding
-too: the same batch with more padding draws other noise for its real tokens, as likely as before.
+on to the balancers, such as the loss `load`, which asks how likely an expert was to be chosen. ε depends on a token's
+place among the real tokens, not on padding.
 
 Both matrices start at 0, as in the paper: no signal and some noise, so that load starts even. A model that draws all
 its matrices anew, as DecoderLM does, draws these too, small.

@@ -14,6 +14,7 @@ from himoe.balance import Balancer
 from himoe.errors import ConfigError
 from himoe.functional import scores as score_functions
 from himoe.functional.bound import bound_options, name_of, unbound
+from himoe.functional.noise import normal_noise
 from himoe.functional.precision import accumulation_dtype, without_autocast
 from himoe.nn.saved_routing import saved_routing
 from himoe.types import RouterContext, Routing
@@ -109,7 +110,7 @@ class Router(nn.Module):
                 batch_shape=(x.shape[0],) if batch_shape is None else batch_shape,
                 token_ids=token_ids,
                 gate_weight=getattr(self.gate, "weight", None),
-                noise=None if noise_std is None else noise_std * self.standard_noise(noise_std),
+                noise=None if noise_std is None else noise_std * self.standard_noise(noise_std, mask),
                 noise_std=noise_std,
                 training=self.training,
             )
@@ -135,9 +136,9 @@ class Router(nn.Module):
         choice = self.balancer.adjust_choice(routing.scores.detach(), routing.context)
         return rule(choice, routing.context, **options)
 
-    def standard_noise(self, like: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+    def standard_noise(self, like: Float[Tensor, "T E"], mask: Bool[Tensor, " T"] | None) -> Float[Tensor, "T E"]:
         """Draw what a noisy gate's standard deviation is multiplied by."""
-        return torch.randn_like(like)
+        return normal_noise(like, mask)
 
     def _weights(self, scores: Tensor, expert_ids: Tensor, selected: Tensor) -> Tensor:
         weights = scores.gather(-1, expert_ids).where(selected, 0)

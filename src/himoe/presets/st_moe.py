@@ -20,6 +20,7 @@ from torch import Tensor
 
 from himoe.balance import Balancer, Switch, ZLoss
 from himoe.errors import ConfigError
+from himoe.functional.noise import uniform_noise
 from himoe.functional.selection import Selection
 from himoe.functional.selection import top_k as select_top_k
 from himoe.nn import Router
@@ -78,7 +79,7 @@ def top_k_at_random(scores: Float[Tensor, "T E"], context: RouterContext, *, k: 
     if context.training:
         chosen = scores.gather(-1, expert_ids)
         first = torch.arange(k, device=scores.device) == 0
-        selected = first | (torch.rand_like(chosen) * threshold < chosen)
+        selected = first | (uniform_noise(chosen, context.mask) * threshold < chosen)
     return expert_ids, selected
 
 

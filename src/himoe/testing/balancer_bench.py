@@ -28,7 +28,7 @@ class _SteadyNoise(Router):
         self._bits = x[:, :1].contiguous().view(torch.int32).to(torch.int64)
         return super().forward(x, mask)
 
-    def standard_noise(self, like: Tensor) -> Tensor:
+    def standard_noise(self, like: Tensor, mask: Tensor | None) -> Tensor:  # noqa: ARG002
         column = torch.arange(like.shape[-1]) * 7919 + 104729
         level = (self._bits % NOISE_LEVELS * column) % NOISE_LEVELS  # some number, evenly spread
         return (2**0.5 * torch.erfinv((2.0 * level + 1) / NOISE_LEVELS - 1)).to(like.dtype)

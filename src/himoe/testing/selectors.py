@@ -9,6 +9,7 @@ from itertools import count as count_up
 import torch
 from torch import Tensor
 
+from himoe.functional.bound import name_of, unbound
 from himoe.functional.stats import count_pairs, max_vio
 from himoe.types import RouterContext
 
@@ -21,12 +22,12 @@ class _Bench:
 
     def __init__(self, selector: Selector, num_experts: int, batch_dims: int = 1) -> None:
         self.unseeded, self.num_experts, self.batch_dims = selector, num_experts, batch_dims
-        self.function = getattr(selector, "func", selector)
+        self.function = unbound(selector)
         self._turn = count_up()  # in eval every call has other random numbers, and must not care
         self.random = self.claims("random", False)
         # where other tokens stand, other numbers are drawn for a token
         self.modes_that_compare = (False,) if self.random else (True, False)
-        self.name = getattr(self.function, "__name__", type(self.function).__name__)
+        self.name = name_of(self.function)
 
     def selector(self, scores: Tensor, context: RouterContext) -> tuple[Tensor, Tensor]:
         """Choose; from the same random numbers every time, if the selector says that it draws some."""

@@ -4,22 +4,20 @@ For every choice j = 0 … K-1, Floyd's way to draw K of E without repetition, f
 
     r = h(id, j, seed) mod (E − K + j + 1)          the expert is r, or E − K + j where r is taken already
 
-h mixes 32-bit words held in int64 by shifts and multiplications, so there is no table and nothing overflows, and every
-machine gives the same experts. Vocabulary ids are spread evenly, tokens are not: frequent words load their experts. The
-scores still weigh the experts; the gate learns from that.
+h mixes words by shifts and multiplications, so there is no table, and every machine gives the same experts. Vocabulary
+ids are spread evenly, tokens are not: frequent words load their experts. The scores still weigh the experts; the gate
+learns from that.
 
 Deviation: the paper has a table of random experts per word; a hash of the id is one that need not be stored.
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from himoe.functional.hashing import STEP, WORD, mix
 from himoe.functional.selection.base import Selection, all_selected, check_top_k, refuse
 from himoe.types import RouterContext
-
-WORD = 0xFFFFFFFF
-STEP = 0x9E3779B9  # ⌊2³²/golden ratio⌋, keeps the numbers of successive choices apart
 
 
 def hash_tokens(scores: Float[Tensor, "T E"], context: RouterContext, *, k: int, seed: int = 0) -> Selection:
@@ -38,19 +36,12 @@ def hash_tokens(scores: Float[Tensor, "T E"], context: RouterContext, *, k: int,
     check_top_k(num_experts, k)
     if context.token_ids is None:
         refuse("hash", "needs the tokens' ids, and got none: call MoE(x, token_ids=…), as DecoderLM does")
-    start = _mix(_mix(context.token_ids.to(torch.int64) & WORD) ^ ((seed * STEP) & WORD))
+    start = mix(mix(context.token_ids.to(torch.int64) & WORD) ^ ((seed * STEP) & WORD))
     chosen: list[Tensor] = []
     for j in range(k):
         last = num_experts - k + j
-        drawn = _mix((start + (j + 1) * STEP) & WORD) % (last + 1)
+        drawn = mix((start + (j + 1) * STEP) & WORD) % (last + 1)
         for earlier in list(chosen):
             drawn = drawn.where(drawn != earlier, last)
         chosen.append(drawn)
     return all_selected(torch.stack(chosen, dim=-1))
-
-
-def _mix(word: Int[Tensor, " T"]) -> Int[Tensor, " T"]:
-    """Let every bit of a 32-bit word change about half of the result's; products stay below 2⁶³."""
-    word = ((word ^ (word >> 16)) * 0x21F0AAAD) & WORD
-    word = ((word ^ (word >> 15)) * 0x735A2D97) & WORD
-    return word ^ (word >> 15)
