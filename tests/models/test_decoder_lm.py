@@ -40,6 +40,23 @@ def test_logits_routings_and_gradients(tied):
     assert all(layer.router.gate.weight.grad.any() for layer in moe_layers(model))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_with_targets_it_gives_the_mean_cross_entropy_of_its_logits(tied):
+    model, ids = make_lm(num_layers=2, tie_embeddings=tied), token_ids(2, 9)
+    targets = ids.flip(1)
+    expected = F.cross_entropy(model(ids)[0].flatten(0, 1), targets.flatten())
+    loss, routings = model(ids, targets=targets)
+    assert len(routings) == 2
+    torch.testing.assert_close(loss, expected)
+    parameters = list(model.parameters())
+    for mine, theirs in zip(
+        torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ConfigError, match=r"DecoderLM: targets has shape \(2, 8\), token_ids \(2, 9\)"):
+        model(ids, targets=targets[:, :8])
+
+
 def test_any_pattern_of_dense_and_moe_layers():
     model = make_lm(mixed, num_layers=5)
     _, routings = model(token_ids(2, 4))

@@ -112,9 +112,9 @@ def test_a_gradient_that_is_no_number_is_named_before_clipping_spreads_it():
 
 def test_the_borders_of_documents_reach_the_model():
     class Spy(TinyLM):
-        def forward(self, token_ids, mask=None, document_ids=None):
+        def forward(self, token_ids, mask=None, document_ids=None, targets=None):
             seen.append((token_ids, document_ids))
-            return super().forward(token_ids, mask)
+            return super().forward(token_ids, mask, targets=targets)
 
     seen, ends = [], 3
     trainer = make_trainer(model=Spy(), batch_size=64, accumulate=2)
@@ -150,8 +150,8 @@ def test_a_model_without_experts_trains():
             super().__init__()
             self.table = torch.nn.Embedding(32, 32)
 
-        def forward(self, token_ids, mask=None):
-            return self.table(token_ids), []
+        def forward(self, token_ids, targets):
+            return torch.nn.functional.cross_entropy(self.table(token_ids).flatten(0, 1), targets.flatten()), []
 
     trainer = make_trainer(model=Dense())
     trainer.step(measure=True)

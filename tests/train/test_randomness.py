@@ -31,10 +31,10 @@ class Spy(TinyLM):
         super().__init__(noisy_router())
         self.seen = []
 
-    def forward(self, token_ids, mask=None, *, document_ids=None):
-        logits, routings = super().forward(token_ids, mask)
+    def forward(self, *arguments, **options):
+        answer, routings = super().forward(*arguments, **options)
         self.seen += [routing.context.noise.detach() for routing in routings if self.training]
-        return logits, routings
+        return answer, routings
 
 
 def trainer_of(**options):

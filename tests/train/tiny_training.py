@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from himoe.functional.groups import Groups
 from himoe.nn import MoE, SwiGLUExperts, moe_layers
@@ -26,10 +27,13 @@ class TinyLM(nn.Module):
         self.head = nn.Linear(DIM, VOCAB, bias=False)
         self.head.weight = self.embedding.weight
 
-    def forward(self, token_ids, mask=None, *, document_ids=None):
+    def forward(self, token_ids, mask=None, *, document_ids=None, targets=None):
         x = self.embedding(token_ids)
         y, routing = self.moe(self.norm(x), mask)
-        return self.head(x + y), [routing]
+        logits = self.head(x + y)
+        if targets is None:
+            return logits, [routing]
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()), [routing]
 
 
 class Samples:

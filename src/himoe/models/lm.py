@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from himoe.errors import ConfigError
+from himoe.functional.cross_entropy import linear_cross_entropy
 from himoe.models.attention import Attention, visible
 from himoe.models.cache import Buffer, KVCache
 from himoe.models.recompute import CONTEXTS, autocast_without_cache, silence_false_alarm
@@ -139,7 +140,8 @@ class DecoderLM(nn.Module):
         *,
         document_ids: Int[Tensor, "B S"] | None = None,
         cache: KVCache | None = None,
-    ) -> tuple[Float[Tensor, "B S V"], list[Routing]]:
+        targets: Int[Tensor, "B S"] | None = None,
+    ) -> tuple[Float[Tensor, "B S V"] | Float[Tensor, ""], list[Routing]]:
         """Predict each next token.
 
         Args:
@@ -148,14 +150,16 @@ class DecoderLM(nn.Module):
             document_ids: (B, S) equal for the tokens of one document, which see each other and nothing else. None:
                 every row is one document. Losses per sequence are per row all the same.
             cache: what earlier calls read of the same rows; `token_ids` go on from there, and are added to it.
+            targets: (B, S) the token that follows each. The model then gives its mean cross-entropy in place of logits,
+                which never exist as a whole (`linear_cross_entropy`).
 
         Returns:
-            logits (B, S, V), and one `Routing` per MoE layer, in layer order.
+            logits (B, S, V), or with targets the loss, and one `Routing` per MoE layer, in layer order.
 
         Raises:
             ConfigError: shapes that differ, a mask that is not bool, or a cache in training mode or of another model.
         """
-        for name, value in (("mask", mask), ("document_ids", document_ids)):
+        for name, value in (("mask", mask), ("document_ids", document_ids), ("targets", targets)):
             if value is not None and value.shape != token_ids.shape:
                 raise ConfigError(
                     f"DecoderLM: {name} has shape {tuple(value.shape)}, token_ids {tuple(token_ids.shape)}"
@@ -180,7 +184,10 @@ class DecoderLM(nn.Module):
                 x, routing = run(x, seen, mask, token_ids, None if cache is None else cache.layer(layer))
                 if routing is not None:
                     routings.append(routing)
-        return self.head(self.norm(x)), routings
+        x = self.norm(x)
+        if targets is None:
+            return self.head(x), routings
+        return linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten()), routings
 
     @property
     def recompute(self) -> str:

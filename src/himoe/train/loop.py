@@ -11,7 +11,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 import himoe.nn as moe
@@ -51,8 +50,8 @@ class Trainer:
     """Trains a model one optimizer step at a time.
 
     Args:
-        model: `(token_ids (B, S)) → (logits (B, S, V), routings)`; where rows hold borders of documents, it is also
-            given `document_ids (B, S)`.
+        model: `(token_ids (B, S), targets=(B, S)) → (mean cross-entropy, routings)`; where rows hold borders of
+            documents, it is also given `document_ids (B, S)`.
         batches: the rows of each step and micro-batch.
         optimizer: over the model's parameters.
         learning_rate: step (from 1) → rate.
@@ -127,9 +126,8 @@ class Trainer:
     def _micro_batch(self, index: int) -> dict[str, Tensor]:
         """Forward, backward and observe one micro-batch; return its share of the step's means."""
         batch, accumulate = self.batches.micro_batch(self.steps_done, index), self.batches.accumulate
-        logits, routings = self._forward(batch, index)
         targets = torch.from_numpy(batch.tokens[:, 1:]).to(self.device, torch.int64)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        loss, routings = self._forward(batch, index, targets=targets)
         terms = moe.aux_losses(self.model, routings)
         total = torch.stack([loss, *terms.values()]).sum()
         (total / accumulate).backward()
@@ -139,14 +137,13 @@ class Trainer:
         means = {"loss": loss, **{f"aux/{name}": term for name, term in terms.items()}}
         return {name: value.detach() / accumulate for name, value in means.items()}
 
-    def _forward(self, batch: Batch, index: int) -> tuple[Tensor, list[Routing]]:
+    def _forward(self, batch: Batch, index: int, **given: Tensor) -> tuple[Tensor, list[Routing]]:
         seed_noise(self.seed, self.steps_done, index, rank())
         inputs = torch.from_numpy(batch.tokens[:, :-1]).to(self.device, torch.int64)
-        borders = {}
         if batch.document_ids is not None:
-            borders["document_ids"] = torch.from_numpy(batch.document_ids).to(self.device)
+            given["document_ids"] = torch.from_numpy(batch.document_ids).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return self.model(inputs, **borders)
+            return self.model(inputs, **given)
 
     def _check_finite(self, number: int, loss: Tensor, norm: Tensor) -> None:
         loss_value, norm_value = torch.stack([loss.double(), norm.double()]).tolist()  # the step's one host sync
