@@ -1,14 +1,16 @@
-"""Small language models in fp64 with a router of each preset, and one optimizer step of them."""
+"""Small language models in fp64 with a preset's router, or with every balancer that has state; one step of them.
+
+Every entry by itself is in `every_entry.py`.
+"""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import himoe
-from himoe import Balancer, Capacity, Chain, DecoderLM, DualAscent, MoE, SwiGLUExperts, presets
+from himoe import Balancer, Capacity, Chain, DecoderLM, DualAscent, MoE, SwiGLUExperts, presets, registry
 from himoe.balance import (
     ExpertThreshold,
     LogitCorrection,
@@ -16,6 +18,7 @@ from himoe.balance import (
     Momentum,
     Phi,
     Quantile,
+    ReluSparsity,
     Schedule,
     Switch,
     TwoLevelTerms,
@@ -39,6 +42,7 @@ def everything(num_experts: int = E, groups: int = G) -> Balancer:
         Quantile(num_experts, groups, selection_groups=groups),
         Schedule(Momentum(num_experts, rate=0.01), "off_after", steps=4, scales="moves"),
         ExpertThreshold(num_experts, groups, beta=0.5),
+        ReluSparsity(num_experts, groups, start=0.05),
         LossFree(num_experts, rate=0.01),
     )
 
@@ -49,24 +53,18 @@ def _with_everything(dim: int, num_experts: int, top_k: int, **options):
     return router
 
 
-GROUPED = {
-    "hi_moe": presets.hi_moe,
-    "hi_moe_official": presets.hi_moe_official,
-    "hi_moe_paper": presets.hi_moe_paper,
-    "moge": presets.moge,
-    "everything": _with_everything,
-}
-FLAT = {"switch": presets.switch, "loss_free": presets.loss_free, "deepseek_v3": presets.deepseek_v3}
-PUBLISHED = ("glm4_moe", "mixtral", "olmoe", "qwen3_moe", "st_moe", "switch_transformers", "remoe")
-FLAT |= {name: getattr(presets, name) for name in PUBLISHED} | {"remoe": partial(presets.remoe, start=0.01)}
-ALL = [*GROUPED, *FLAT]
-CAUSAL = ["hi_moe", "moge", "everything", "switch", "loss_free", "deepseek_v3", *PUBLISHED]
+OPTIONS = {"remoe": {"start": 0.01}}  # a loss that shows
+PRESETS = sorted(registry.PRESETS)
+ALL = ["everything", *PRESETS]
 
 
-def make_router(name: str, num_experts: int = E, top_k: int = K):
-    if name in FLAT:
-        return FLAT[name](D, num_experts, top_k)
-    return GROUPED[name](D, num_experts, top_k, num_groups=G)
+def make_router(name: str, num_experts: int = E, top_k: int = K) -> himoe.Router:
+    if name == "everything":
+        router = presets.hi_moe(D, num_experts, top_k, expert_scale=True, num_groups=G)
+        router.balancer = everything(num_experts, G)
+        return router
+    groups = {"num_groups": G} if name in registry.GROUPED_PRESETS else {}
+    return registry.load("presets", name)(D, num_experts, top_k, **groups, **OPTIONS.get(name, {}))
 
 
 def make_model(

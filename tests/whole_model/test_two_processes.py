@@ -1,20 +1,15 @@
 """Two ranks with one micro-batch each are one process with both (gloo)."""
 
-import os
-from datetime import timedelta
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from router_zoo import E, G, everything, same, state_of
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from two_processes import RANKS, run_on_two_ranks
 
 import himoe
 from himoe import Balancer, MoE, SwiGLUExperts, presets
 
-RANKS = 2
 # Tokens of each rank in each optimizer step; −n is n tokens of padding. No rank has nothing to say, none may hang.
 STEPS = [(12, 12), (20, 3), (1, 1), (9, -4), (-2, -2)]
 
@@ -84,23 +79,13 @@ def wrapped_steps(rank: int) -> dict:
     return {"untouched": untouched, "sums": kept[-1], "grads": grads, "state": state_of(toy)}
 
 
-def worker(rank: int, folder: str) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
-    )
-    try:
-        torch.save({"steps": plain_steps([rank]), "wrapped": wrapped_steps(rank)}, f"{folder}/rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def work(rank: int) -> dict:
+    return {"steps": plain_steps([rank]), "wrapped": wrapped_steps(rank)}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
-    folder = str(tmp_path_factory.mktemp("two_processes"))
-    mp.spawn(worker, args=(folder,), nprocs=RANKS)
-    return [torch.load(f"{folder}/rank{rank}.pt") for rank in range(RANKS)]
+    return run_on_two_ranks(work, tmp_path_factory.mktemp("two_processes"))
 
 
 def test_two_ranks_are_one_process_with_both_micro_batches(ranks):
@@ -110,7 +95,7 @@ def test_two_ranks_are_one_process_with_both_micro_batches(ranks):
         assert all(same(found, want, 1e-7) for found, want in zip(rank["steps"], expected, strict=True))
     lonely = plain_steps([0])
     assert not same(expected[0], lonely[0], 1e-4)  # the other rank's tokens do matter
-    for name in ("mean_logits", "multipliers", "bias", "momentum", "cutoff"):
+    for name in ("mean_logits", "multipliers", "bias", "momentum", "cutoff", "multiplier", "mean_probabilities"):
         found = [value for key, value in ranks[0]["steps"][-1].items() if key.endswith(name)]
         assert found and all(value.abs().max() > 1e-3 for value in found), name
 

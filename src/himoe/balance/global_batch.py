@@ -5,7 +5,7 @@
 P, which has the gradient, is of this rank's micro-batch. So a micro-batch may be uneven, a domain may keep its experts,
 as long as the step as a whole is even. f sums to 1, and at perfect balance of the global batch the value is exactly α
 for every K and score function. Over ranks of equally many tokens the mean of the losses is that of one rank with all
-the tokens; over micro-batches it is not, as early ones cannot count later ones.
+the tokens. Over micro-batches it is not linear: early ones cannot count later ones.
 
 `himoe.aux_losses` fills in the counts, by one all-reduce for all layers; by itself the balancer knows this rank's.
 """

@@ -6,6 +6,7 @@
 evenly. It evens out the weights, not the pairs: an expert may have few tokens with large weights. With one expert per
 token and weights divided by their sum every weight is 1, and the loss has no gradient: use K ≥ 2, as the paper does.
 The paper's gates are a softmax over the selected logits; here they are the router's own weights, whatever its score.
+It is not linear in the weights: the mean over micro-batches is not the value of one undivided batch.
 """
 
 from typing import ClassVar

@@ -8,6 +8,8 @@ perfect balance, for every K and score function. Exact for a selector that takes
 balancer moves the choice, or groups limit it, the formula still looks at the noisy logits alone. K is each token's own
 number of experts.
 
+It is not linear in the load: the mean over micro-batches is not the value of one undivided batch.
+
 There is no noise in eval mode, hence no loss, and the choice is less even there than in training: the loss falls when
 the noise grows as it does when the logits draw near one another.
 """
