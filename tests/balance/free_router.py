@@ -5,9 +5,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from himoe import Balancer, Groups, Router, Routing
+from himoe import Balancer, Groups, Router, Routing, registry
 from himoe.balance import step_balancers
-from himoe.functional import scores
 from himoe.functional.selection import top_k, top_k_per_group
 
 
@@ -20,15 +19,18 @@ def free_router(
     score: str = "softmax",
     renormalize: bool = True,
 ) -> Router:
-    """A router that takes logits for tokens; with groups, k is per group."""
+    """A router that takes logits for tokens; with groups, k is per group. Scores by group are of four or these."""
     select = partial(top_k, k=k)
     if groups is not None:
         select = partial(top_k_per_group, groups=Groups.of(groups, num_experts), k=k)
+    rule = registry.load("scores", score)
+    if score in registry.GROUPED_SCORES:
+        rule = partial(rule, groups=Groups.of(groups or 4, num_experts), k=1 if groups is None else k)
     return Router(
         nn.Identity(),
         select,
         num_experts=num_experts,
-        score=getattr(scores, score),
+        score=rule,
         balancer=balancer,
         renormalize=renormalize,
     )

@@ -170,3 +170,27 @@ def test_padding_has_no_gradient_and_takes_none(name, score):
     assert torch.allclose(x_p[mask], x, rtol=1e-6, atol=1e-12)
     assert torch.allclose(weight_p, weight, rtol=1e-6, atol=1e-12)
     assert weight.abs().max() > 0
+
+
+CONSTANT_SUMS = {"softmax", "softmax_per_group"}
+"""Scores that are all positive and add up to 1: the loss of `relu_sparsity` is a constant there."""
+
+
+@pytest.mark.parametrize("score", sorted(registry.SCORES))
+@pytest.mark.parametrize("name", WITH_LOSSES)
+def test_the_gradient_is_the_slope_of_the_loss_for_every_score(name, score):
+    """Central differences along some directions of the gate's matrix: nothing is cut off that should have a gradient."""
+    balancer = build(name, **dict.fromkeys(coefficients(name), 0.7), start=0.7)
+    one_step(balancer, random_look(8, score=score))
+    noise = random_logits(7, T, E)
+
+    def value(weight: Tensor) -> Tensor:
+        return sum(balancer.losses(look(weight, X, noise=noise, score=score, balancer=balancer)).values())
+
+    leaf = WEIGHT.clone().requires_grad_()
+    (found,) = torch.autograd.grad(value(leaf), leaf)
+    for seed in range(3):
+        direction = random_logits(20 + seed, E, D)
+        slope = (value(WEIGHT + 1e-6 * direction) - value(WEIGHT - 1e-6 * direction)) / 2e-6
+        assert (found * direction).sum().item() == pytest.approx(slope.item(), rel=1e-5, abs=1e-7)
+    assert (found.abs().max() > 1e-4) != (name == "relu_sparsity" and score in CONSTANT_SUMS)
