@@ -179,7 +179,7 @@ CONSTANT_SUMS = {"softmax", "softmax_per_group"}
 @pytest.mark.parametrize("score", sorted(registry.SCORES))
 @pytest.mark.parametrize("name", WITH_LOSSES)
 def test_the_gradient_is_the_slope_of_the_loss_for_every_score(name, score):
-    """Central differences along some directions of the gate's matrix: nothing is cut off that should have a gradient."""
+    """Central differences along some directions of the gate's matrix: nothing is cut off that has a gradient."""
     balancer = build(name, **dict.fromkeys(coefficients(name), 0.7), start=0.7)
     one_step(balancer, random_look(8, score=score))
     noise = random_logits(7, T, E)

@@ -6,6 +6,7 @@ import pytest
 
 from himoe import registry
 from himoe.balance import Balancer, Switch
+from himoe.functional.selection import round_robin
 from himoe.testing import behaviour
 
 
@@ -43,7 +44,39 @@ def test_a_claim_that_does_not_hold_and_a_balance_that_nobody_made_fail(monkeypa
     assert "not as claimed: none" in capsys.readouterr().err
 
 
-def test_an_unknown_name_is_refused(capsys):
+class Even(Switch):
+    """Does what it claims, with weight enough."""
+
+
+def turns(scores, context):
+    """Takes two experts in turn."""
+    return round_robin(scores, context, k=2)
+
+
+turns.balances_load = True
+
+
+def test_a_strategy_of_a_readers_own_is_a_row(capsys):
+    few = ["--seeds", "1", "--steps", "100", "--only"]
+    assert behaviour.main([*few, f"{__name__}:Even", "--set", "weight=0.3"]) == 0
+    assert behaviour.main([*few, f"{__name__}:Even", "--set", "weight=0.0"]) == 1
+    assert f"not as claimed: {__name__}:Even" in capsys.readouterr().err
+    assert behaviour.main(["--seeds", "1", "--steps", "1", "--only", f"{__name__}:turns", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["table"] == "selectors" and row["claims_to_balance"] and row["max_vio_after"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["swich"], "no strategy 'swich'; known: none, "),
+        ([f"{__name__}:Odd"], "cannot load"),
+        ([f"{__name__}:Even", "--set", "wait=1"], "unexpected keyword argument 'wait'"),
+        ([f"{__name__}:Even", "--set", "weight=-1"], "weight = -1 must be ≥ 0"),
+        (["switch", "--set", "weight=1"], "--set: is for one strategy of your own, and --only names 0 of them"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(capsys, words, text):
     with pytest.raises(SystemExit):
-        behaviour.main(["--only", "swich"])
-    assert "no strategy 'swich'; known: none, " in capsys.readouterr().err
+        behaviour.main(["--only", *words])
+    assert text in capsys.readouterr().err

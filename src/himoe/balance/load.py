@@ -10,8 +10,8 @@ number of experts.
 
 It is not linear in the load: the mean over micro-batches is not the value of one undivided batch.
 
-There is no noise in eval mode, hence no loss, and the choice is less even there than in training: the loss falls when
-the noise grows as it does when the logits draw near one another.
+It balances the choice of training alone. There is no noise in eval mode, hence no loss, and the choice is less even
+there: the loss falls when the noise grows as it does when the logits draw near one another.
 """
 
 from typing import ClassVar
@@ -26,7 +26,7 @@ from himoe.types import Routing
 
 
 class Load(Balancer):
-    """Add `smooth_load` = weight·CV² of a noisy gate's load.
+    """Add `smooth_load` = weight·CV² of a noisy gate's load, which evens out the choice of training.
 
     Args:
         weight: 0.1 in the paper.

@@ -77,61 +77,72 @@ def check_sums(bench: Bench) -> None:
     bench.expect(same(state_of(balancer), state_of(bench.moved(bench.make())), 1e-9), kept)
 
 
-def check_compiles(bench: Bench) -> None:
-    """The hooks of a micro-batch read nothing back to the host, compile as one graph, and give the same there."""
-    balancer = bench.moved(bench.make(), bench.tokens(32))
-    routing = _batch(bench, balancer, bench.tokens(LENGTH), training=True)
+class _Hooks:
+    """The hooks of a micro-batch as functions of tensors, and tensors for them."""
 
-    def rebuilt(logits: Tensor, scores: Tensor, selected: Tensor) -> Routing:
-        context: RouterContext = replace(routing.context, mask=selected.any(-1))
-        return replace(routing, logits=logits, scores=scores, selected=selected, kept=selected, context=context)
+    def __init__(self, bench: Bench) -> None:
+        self.balancer = bench.moved(bench.make(), bench.tokens(32))
+        self.routing = _batch(bench, self.balancer, bench.tokens(LENGTH), training=True)
+        self.all = (self.adjust_logits, self.adjust_choice, self.losses, self.observe)
+        real = (torch.arange(LENGTH) % 5 != 0)[:, None] & self.routing.selected
+        self.given = (self.routing.logits.detach(), self.routing.scores.detach(), real)
 
-    def adjust_logits(logits: Tensor, scores: Tensor, selected: Tensor) -> dict[str, Tensor]:
-        return {"": balancer.adjust_logits(logits, rebuilt(logits, scores, selected).context)}
+    def _rebuilt(self, logits: Tensor, scores: Tensor, selected: Tensor) -> Routing:
+        context: RouterContext = replace(self.routing.context, mask=selected.any(-1))
+        return replace(self.routing, logits=logits, scores=scores, selected=selected, kept=selected, context=context)
 
-    def adjust_choice(logits: Tensor, scores: Tensor, selected: Tensor) -> dict[str, Tensor]:
-        return {"": balancer.adjust_choice(scores, rebuilt(logits, scores, selected).context)}
+    def adjust_logits(self, *given: Tensor) -> dict[str, Tensor]:
+        return {"": self.balancer.adjust_logits(given[0], self._rebuilt(*given).context)}
 
-    def losses(logits: Tensor, scores: Tensor, selected: Tensor) -> dict[str, Tensor]:
-        return balancer.losses(rebuilt(logits, scores, selected))
+    def adjust_choice(self, *given: Tensor) -> dict[str, Tensor]:
+        return {"": self.balancer.adjust_choice(given[1], self._rebuilt(*given).context)}
 
-    def observe(logits: Tensor, scores: Tensor, selected: Tensor) -> dict[str, Tensor]:
+    def losses(self, *given: Tensor) -> dict[str, Tensor]:
+        return self.balancer.losses(self._rebuilt(*given))
+
+    def observe(self, *given: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
-            balancer.observe(rebuilt(logits, scores, selected))
-        parts = [part for part in balancer.modules() if isinstance(part, Balancer)]
+            self.balancer.observe(self._rebuilt(*given))
+        parts = [part for part in self.balancer.modules() if isinstance(part, Balancer)]
         return {f"{i} {name}": value for i, part in enumerate(parts) for name, value in part.sums.items()}
 
-    hooks = (adjust_logits, adjust_choice, losses, observe)
-
-    def all_hooks(*given: Tensor) -> list[dict[str, Tensor]]:
-        return [hook(*given) for hook in hooks]
-
-    def clear() -> None:
-        for part in balancer.modules():
+    def clear(self) -> None:
+        for part in self.balancer.modules():
             if isinstance(part, Balancer):
                 part.sums.clear()
 
-    real = (torch.arange(LENGTH) % 5 != 0)[:, None] & routing.selected
-    given = (routing.logits.detach(), routing.scores.detach(), real)
-    expected = []
-    for hook in hooks:
+
+def check_stays_on_device(bench: Bench) -> None:
+    """The hooks of a micro-batch read nothing back to the host."""
+    hooks = _Hooks(bench)
+    for hook in hooks.all:
         with _StaysOnDevice() as watch:
-            expected.append(hook(*given))
+            hook(*hooks.given)
         bench.expect(watch.found is None, f"{hook.__name__}(): {watch.found}, for which a GPU waits")
-    clear()
+
+
+def check_compiles(bench: Bench) -> None:
+    """The hooks of a micro-batch compile as one graph, and give the same there."""
+    hooks = _Hooks(bench)
+    expected = [hook(*hooks.given) for hook in hooks.all]
+    hooks.clear()
+
+    def all_hooks(*given: Tensor) -> list[dict[str, Tensor]]:
+        return [hook(*given) for hook in hooks.all]
+
     try:
-        found = _compiled(all_hooks)(*given)
+        found = _compiled(all_hooks)(*hooks.given)
     except Exception:
-        for hook in hooks:
-            clear()
+        for hook in hooks.all:
+            hooks.clear()
             try:
-                _compiled(hook)(*given)
+                _compiled(hook)(*hooks.given)
             except Exception as error:
                 first = next(iter(str(error).splitlines()), type(error).__name__)
                 text = f"{bench.name}: {hook.__name__}() does not compile as one graph: {first}"
                 raise AssertionError(text) from error
         raise
-    for hook, one, other in zip(hooks, expected, found, strict=True):
+    for hook, one, other in zip(hooks.all, expected, found, strict=True):
         bench.expect(same(one, other, 1e-6), f"{hook.__name__}() gives something else when compiled")
 
 

@@ -1,6 +1,8 @@
 """What every strategy does on a skewed toy: the load before and after, and what it costs the task.
 
-    python -m himoe.testing.behaviour [--seeds 5] [--steps 300] [--only NAME …] [--json]
+    python -m himoe.testing.behaviour [--seeds 5] [--steps 300] [--only NAME … [--set KEY=VALUE …]] [--json]
+
+NAME may be your own `"module:Class"` too; the command fails where a claim to balance does not hold.
 
 The toy: tokens of eight kinds, each with a linear map of its own to learn, one coordinate that all tokens share, and a
 gate that starts out favouring some experts along it. A layer of eight experts, two a token, learns it with one strategy
@@ -14,10 +16,11 @@ import argparse
 import inspect
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from statistics import mean, stdev
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +30,9 @@ from torch import Tensor, nn
 
 from himoe import registry
 from himoe.balance import Balancer, step_balancers
+from himoe.build.calling import construct, try_out
+from himoe.config.loading import parse_sets
+from himoe.errors import ConfigError
 from himoe.functional import stats
 from himoe.functional.groups import Groups
 from himoe.nn import MoE, Router, SwiGLUExperts
@@ -54,20 +60,24 @@ FREE = ("replay",)  # selectors that have nothing to show here: their choice is 
 
 @dataclass(frozen=True)
 class Strategy:
-    """One row: a balancer or a selector by name, with what stands around it."""
+    """One row: a balancer or a selector by name, with what stands around it, and its options."""
 
     table: str
     name: str
     claims: bool
     around: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
     def router(self) -> Router:
         """Build its router."""
-        balancer = _call("balancers", self.name) if self.table == "balancers" else Balancer()
-        selector = self.name if self.table == "selectors" else self.around.get("selector", "top_k")
+        balancer = _call("balancers", self.name, self.options) if self.table == "balancers" else Balancer()
+        if self.table == "selectors":
+            selector = _bound("selectors", self.name, self.options)
+        else:
+            selector = _bound("selectors", self.around.get("selector", "top_k"))
         return Router(
             _call("gates", self.around.get("gate", "linear")),
-            _bound("selectors", selector),
+            selector,
             num_experts=E,
             score=_bound("scores", self.around.get("score", "softmax")),
             balancer=balancer,
@@ -100,11 +110,28 @@ def strategies() -> list[Strategy]:
     found = [NOTHING]
     for name in registry.BALANCERS:
         claims = registry.load("balancers", name).balances_load
-        found.append(Strategy("balancers", name, claims, AROUND.get(name, {})))
+        found.append(Strategy("balancers", name, claims, AROUND.get(name, {}), OPTIONS.get(name, {})))
     for name in registry.SELECTORS:
         if name not in FREE:
             found.append(Strategy("selectors", name, getattr(registry.load("selectors", name), "balances_load", False)))
     return found
+
+
+def own_strategy(name: str, options: dict[str, Any]) -> Strategy:
+    """Return that of a reader's own `"module:Class"`, a balancer, or `"module:function"`, a selector.
+
+    Raises:
+        ConfigError: there is no such thing, or it cannot be built with these options.
+    """
+    thing = registry.load("balancers", name)
+    claims = bool(getattr(thing, "balances_load", False))
+    if inspect.isclass(thing):
+        around = {"gate": "noisy"} if getattr(thing, "needs_noise", False) else {}
+        strategy = Strategy("balancers", name, claims, around, options)
+    else:
+        strategy = Strategy("selectors", name, claims, options=options)
+    try_out(construct(strategy.router, name), name, D)
+    return strategy
 
 
 def _layer() -> dict[str, Any]:
@@ -115,19 +142,19 @@ def _given(function: Any) -> dict[str, Any]:
     return {name: value for name, value in _layer().items() if name in inspect.signature(function).parameters}
 
 
-def _call(table: str, name: str) -> Any:
+def _call(table: str, name: str, options: Mapping[str, Any] = MappingProxyType({})) -> Any:
     if name == NOTHING.name:
         return Balancer()
     constructor = registry.load(table, name)
-    return constructor(**_given(constructor), **OPTIONS.get(name, {}))
+    return constructor(**_given(constructor) | options)
 
 
-def _bound(table: str, name: str) -> Callable[..., Any]:
+def _bound(table: str, name: str, options: Mapping[str, Any] = MappingProxyType({})) -> Callable[..., Any]:
     function = registry.load(table, name)
     given = _given(function)
     if name in registry.GROUPED_SELECTORS:
         given |= {"k": 1, "groups": Groups.equal(E, K)}  # one expert of each of K groups
-    return partial(function, **given)
+    return partial(function, **given | options)
 
 
 class Toy:
@@ -224,6 +251,19 @@ def table(rows: Sequence[Row]) -> Table:
     return result
 
 
+def _chosen(only: Sequence[str] | None, options: Sequence[str]) -> list[Strategy]:
+    known = {strategy.name: strategy for strategy in strategies()}
+    own = [name for name in only or () if ":" in name]
+    if unknown := [name for name in only or () if name not in known and name not in own]:
+        raise ConfigError(f"no strategy {unknown[0]!r}; known: {', '.join(known)}, or your own module:Class")
+    if options and len(own) != 1:
+        raise ConfigError(f"--set: is for one strategy of your own, and --only names {len(own)} of them")
+    return [
+        *(strategy for name, strategy in known.items() if not only or name in only),
+        *(own_strategy(name, parse_sets(options)) for name in own),
+    ]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run and print; 1 if a strategy that claims to balance did not halve MaxVio, or no balancing did."""
     parser = argparse.ArgumentParser(
@@ -231,13 +271,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", type=int, default=5, help="how often each is trained (default 5)")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps (default 300)")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="strategies to run (default all)")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help='strategies to run, also your own "module:Class" (default all)'
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        metavar="KEY=VALUE",
+        default=[],
+        dest="options",
+        help="option of your own strategy: a weight or rate for some hundred steps",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     given = parser.parse_args(arguments)
-    known = {strategy.name: strategy for strategy in strategies()}
-    if unknown := [name for name in given.only or () if name not in known]:
-        parser.error(f"no strategy {unknown[0]!r}; known: {', '.join(known)}")
-    chosen = [strategy for name, strategy in known.items() if not given.only or name in given.only]
+    try:
+        chosen = _chosen(given.only, given.options)
+    except ConfigError as error:
+        parser.error(str(error))
     rows = compare(chosen, given.seeds, given.steps, lambda name: print(name, file=sys.stderr))
     if given.json:
         print(json.dumps({"seeds": given.seeds, "steps": given.steps, "rows": [asdict(row) for row in rows]}, indent=1))

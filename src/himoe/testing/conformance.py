@@ -1,7 +1,7 @@
 """What every balancer must satisfy, as one call: `check_balancer(lambda: MyBalancer(8), num_experts=8)`.
 
 Each check is a function below; together they are the contract of `himoe.balance.base.Balancer`, all but one claim: that
-`balances_load` evens out the load. A test of training shows that, as `python -m himoe.testing.behaviour` is one.
+`balances_load` evens out the load. Training shows that: `python -m himoe.testing.behaviour --only module:MyBalancer`.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch import Tensor
 from himoe.balance import Balancer, step_balancers
 from himoe.nn import Gate
 from himoe.testing.balancer_bench import Bench, MakeGate, effect_of, loss_of, same, state_of
-from himoe.testing.balancer_forward import check_causality, check_compiles, check_sums
+from himoe.testing.balancer_forward import check_causality, check_compiles, check_stays_on_device, check_sums
 
 
 def check_forward_writes_nothing(bench: Bench) -> None:
@@ -162,6 +162,7 @@ CHECKS = (
     check_state,
     check_extremes,
     check_causality,
+    check_stays_on_device,
 )
 
 
@@ -184,7 +185,8 @@ def check_balancer(
         num_groups: route with top-k' per group over this many groups; None routes over all experts.
         score: `softmax` or `sigmoid`.
         gate: (D, E) → the router's gate; one with a method `noise_std` for a balancer that needs noise.
-        compiles: False leaves the check out that compiles every hook, which takes most of the time.
+        compiles: False leaves the check out that compiles every hook, which takes most of the time: once for each piece
+            of code is enough, whatever the options.
 
     Raises:
         AssertionError: the first contract that does not hold, with the balancer's name.
