@@ -146,7 +146,7 @@ def _call(table: str, name: str, options: Mapping[str, Any] = MappingProxyType({
     if name == NOTHING.name:
         return Balancer()
     constructor = registry.load(table, name)
-    return constructor(**_given(constructor) | options)
+    return constructor(**_given(constructor), **options)
 
 
 def _bound(table: str, name: str, options: Mapping[str, Any] = MappingProxyType({})) -> Callable[..., Any]:
@@ -154,7 +154,7 @@ def _bound(table: str, name: str, options: Mapping[str, Any] = MappingProxyType(
     given = _given(function)
     if name in registry.GROUPED_SELECTORS:
         given |= {"k": 1, "groups": Groups.equal(E, K)}  # one expert of each of K groups
-    return partial(function, **given | options)
+    return partial(function, **given, **options)
 
 
 class Toy:
