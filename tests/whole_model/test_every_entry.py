@@ -140,8 +140,9 @@ def test_places_leave_earlier_tokens_alone_where_the_model_says_so(preset, order
     assert any(drop_rate(routing) > 0 for routing in model.train()(tokens(1, 20))[1])
 
 
-@every(CAPACITIES)
-def test_an_order_of_capacity_is_causal_where_it_says_so_and_only_there(entry):
+@every([*CAPACITIES, ("selectors", "replay")])
+def test_what_no_card_can_name_is_causal_where_it_says_so_and_only_there(entry):
+    """`tests/testing/test_causality_of_entries.py` has all other entries."""
     model = moved(entry)
     assert suffix_test(model, tokens(3, 20)).causal == claims_causal(model)
 
