@@ -100,7 +100,7 @@ def strengthen(balancer: Balancer) -> None:
             part.reset_parameters()
 
 
-def steady_noise(self: Router, like: Tensor) -> Tensor:
+def steady_noise(self: Router, like: Tensor, mask: Tensor | None = None) -> Tensor:
     """In place of `Router.standard_noise`: a function of the token, so that a batch may be padded or cut."""
     return 1.4 * torch.sin(300 * like.detach() + torch.arange(like.shape[-1]))
 
