@@ -285,3 +285,10 @@ def test_sums_are_copies_and_keep_no_graph_also_outside_no_grad():
     assert balancer.sums["sum"].tolist() == [1.0, 1.0]
     balancer.accumulate("sum", value + 2)
     assert balancer.sums["sum"].tolist() == [3.0, 3.0] and not balancer.sums["sum"].requires_grad
+
+
+def test_only_names_losses_that_there_are():
+    with torch.no_grad(), pytest.raises(ConfigError, match="only names lod_balance; the losses are load_balance"):
+        Schedule(Switch(), "off_after", steps=1, only=("lod_balance",)).losses(routing())
+    with pytest.raises(ConfigError, match="must be a list of names"):
+        Schedule(Switch(), "off_after", steps=1, only="load_balance")

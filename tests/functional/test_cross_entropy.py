@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from himoe.errors import ConfigError
 from himoe.functional.cross_entropy import linear_cross_entropy
 
 
@@ -48,6 +49,27 @@ def test_gradients_that_nobody_wants_are_not_taken():
     )
     with torch.no_grad():
         assert not linear_cross_entropy(x, weight, targets).requires_grad
+
+
+@pytest.mark.parametrize("chunk", [2, None])
+def test_padding_counts_for_nothing_whatever_it_holds(chunk):
+    x, weight, targets = problem(9, 4, 6)
+    mask = torch.tensor([True, False, True, True, False, False, True, True, False])
+    expected = linear_cross_entropy(x[mask], weight, targets[mask])
+    with torch.no_grad():
+        x[~mask] = torch.nan
+    found = linear_cross_entropy(x, weight, targets.where(mask, -100), mask, chunk=chunk)
+    torch.testing.assert_close(found, expected)
+    for mine, theirs in zip(
+        torch.autograd.grad(found, (x, weight)), torch.autograd.grad(expected, (x, weight)), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)
+    assert linear_cross_entropy(x, weight, targets, torch.zeros_like(mask)).item() == 0
+
+
+def test_a_chunk_has_a_token():
+    with pytest.raises(ConfigError, match="chunk = 0 must be at least 1"):
+        linear_cross_entropy(*problem(9, 4, 6), chunk=0)
 
 
 def test_no_tokens_lose_nothing():

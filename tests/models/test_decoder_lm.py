@@ -53,8 +53,21 @@ def test_with_targets_it_gives_the_mean_cross_entropy_of_its_logits(tied):
         torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    model.head = torch.nn.Linear(D, V)  # with a bias
+    expected = F.cross_entropy(model(ids)[0].flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(model(ids, targets=targets)[0], expected)
     with pytest.raises(ConfigError, match=r"DecoderLM: targets has shape \(2, 8\), token_ids \(2, 9\)"):
         model(ids, targets=targets[:, :8])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_padding_changes_no_loss_against_targets(bias):
+    model, ids = make_lm(num_layers=2), token_ids(2, 9)
+    model.head = torch.nn.Linear(D, V, bias=bias)
+    mask = torch.arange(12).expand(2, 12) < 9
+    padded, targets = F.pad(ids, (0, 3)), F.pad(ids.flip(1), (0, 3), value=-100)
+    expected, _ = model(ids, targets=ids.flip(1))
+    torch.testing.assert_close(model(padded, mask, targets=targets)[0], expected)
 
 
 def test_any_pattern_of_dense_and_moe_layers():

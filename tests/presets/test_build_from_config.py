@@ -180,7 +180,7 @@ def test_guards_look_at_the_whole_composition_and_force_overrides_them():
         router(options={"lambda_intra": 0.1})
     with pytest.raises(GuardError, match="without any load-balancing part"):
         router(selector="top_k_per_group", balancers=[{"name": "two_level"}])
-    with pytest.raises(GuardError, match=r"0.9/0.01 = 90 > 2.5"):
+    with pytest.raises(GuardError, match=r"0.91/0.01 = 91 > 2.5"):
         router(balancers=[{"name": "two_level", "lambda_intra": 0.9}])
     with pytest.warns(HimoeWarning, match=r"0.1/0.01 = 10 > 2.5"):
         router(options={"lambda_intra": 0.1}, force=True)
@@ -199,7 +199,7 @@ def test_every_key_of_the_model_and_of_its_layers_reaches_its_place(monkeypatch)
         "tie_embeddings": False, "rope_theta": 123.0, "qk_norm": False,
     }  # fmt: skip
     moe = {"layers": [1], "expert_dim": 24, "shared_dim": 12, "experts": "gelu", "backend": "loop",
-           "capacity_factor": 1.5, "capacity_order": "column_major", "allow_non_causal": True}  # fmt: skip
+           "capacity_factor": 1.5, "capacity_order": "batch_prioritised", "allow_non_causal": True}  # fmt: skip
     usual = load_config("lm_tiny")
     assert set(model) == set(ModelConfig.model_fields)
     assert all(getattr(usual.model, key) != value for key, value in model.items())
@@ -223,7 +223,7 @@ def test_every_key_of_the_model_and_of_its_layers_reaches_its_place(monkeypatch)
     assert type(layer.experts) is GELUExperts
     assert (layer.experts.num_experts, layer.experts.dim, layer.experts.hidden_dim) == (8, 48, 24)
     assert layer.experts.backend == "loop"
-    assert (layer.dispatcher.factor, layer.dispatcher.order) == (1.5, "column_major")
+    assert (layer.dispatcher.factor, layer.dispatcher.order) == (1.5, "batch_prioritised")
     assert (layer.shared_expert.down_proj.in_features, layer.shared_expert.down_proj.out_features) == (12, 48)
 
 

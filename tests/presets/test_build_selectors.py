@@ -152,3 +152,8 @@ def test_the_prefix_of_a_text_gets_the_same_experts_from_every_selector_that_say
     other = torch.cat([ids[:, :12], (ids[:, 12:] + 17) % 50], dim=1)
     same = torch.allclose(model(ids)[0][:, :12], model(other)[0][:, :12], atol=1e-5)
     assert same == (name not in ("expert_choice", "sinkhorn"))
+
+
+def test_a_single_weight_that_is_always_one_is_told_of_without_renormalisation_too():
+    with pytest.warns(HimoeWarning, match="moe.score 'softmax_over_selected' with moe.top_k = 1: every weight is 1"):
+        router(**spelled("top_k", score="softmax_over_selected", top_k=1), renormalize=False)

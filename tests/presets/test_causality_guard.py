@@ -7,10 +7,11 @@ import pytest
 import torch
 from tiny_recipe import config
 
-from himoe import moe_layers
+from himoe import moe_layers, non_causal_parts
 from himoe.balance import Balancer
-from himoe.build import build_model
+from himoe.build import build_model, build_moe
 from himoe.cli import main
+from himoe.config import load_config
 from himoe.errors import ConfigError, HimoeWarning
 from himoe.functional.selection import top_k
 from himoe.nn import SwiGLUExperts
@@ -63,7 +64,7 @@ NOT_CAUSAL = {
         r"^LogitCorrection \(",
     ),
     "an order of places": (
-        {"capacity_factor": 1.0, "capacity_order": "column_major"},
+        {"capacity_factor": 1.0, "capacity_order": "score"},
         r"^Capacity \(later tokens can take the places of earlier ones; order = token_major is causal\): not causal",
     ),
     "a selector": ({"selector": "reader:best_tokens"}, r"^best_tokens \(compares tokens\): not causal"),
@@ -144,3 +145,22 @@ def test_the_command_line_refuses_it_with_status_2_before_anything_is_written(ca
     last = err.splitlines()[-1]
     assert out == "" and last.startswith("himoe: LogitCorrection (") and "--allow-non-causal" in last
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("moe", "causal"),
+    [
+        ({"preset": "switch", "top_k": 1}, True),
+        ({"preset": "switch", "top_k": 2}, False),
+        ({"preset": "moge", "num_groups": 4, "top_k": 4}, True),
+        ({"preset": "moge", "num_groups": 2, "top_k": 4}, False),
+    ],
+)
+def test_column_by_column_is_causal_where_an_expert_stands_in_one_column(moe, causal):
+    moe = moe | {"capacity_factor": 0.6, "capacity_order": "column_major"}
+    layer = build_moe(load_config("lm_tiny", overrides={"moe": moe}).moe, 16)
+    assert (not non_causal_parts(layer)) == causal
+    x = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    kept = layer(x)[1].kept
+    layer.dispatcher.order = "token_major"
+    assert torch.equal(kept, layer(x)[1].kept) == causal and not kept.all()

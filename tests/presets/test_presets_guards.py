@@ -116,8 +116,36 @@ def test_balancing_that_a_schedule_ends_does_not_count_unless_the_terms_end_with
         silent(lambda part=part: check(TwoLevelTerms(E, G), part))
         with pytest.raises(GuardError, match="without any load-balancing part"):
             check(TwoLevelTerms(E, G), ending(part))
+    other = Schedule(Chain(LossFree(E), Switch(weight=0.01)), "off_after", steps=5, scales="moves")
+    silent(lambda: check(TwoLevelTerms(E, G), other))  # the loss goes on
+    longer = Schedule(Switch(weight=0.01), "off_after", steps=9)
+    silent(lambda: check(ending(TwoLevelTerms(E, G)), longer))
+    only = Schedule(Chain(TwoLevelTerms(E, G), Switch(weight=0.01)), "off_after", steps=5, only=("load_balance",))
+    with pytest.raises(GuardError, match="without any load-balancing part"):
+        check(only)
     silent(lambda: check(ending(TwoLevelTerms(E, G), Switch(weight=0.01))))
     silent(lambda: check(ending(TwoLevelTerms(E, G)), Switch(weight=0.01)))
+
+
+@pytest.mark.parametrize("kind", ["warmup", "two_stage"])
+def test_balancing_that_comes_later_than_the_terms_does_not_count(kind):
+    for part in (Switch(weight=0.01), LossFree(E)):
+        with pytest.raises(GuardError, match="without any load-balancing part"):
+            check(TwoLevelTerms(E, G), Schedule(part, kind, steps=5))
+    silent(lambda: check(Schedule(Chain(TwoLevelTerms(E, G), Switch(weight=0.01)), kind, steps=5)))
+    silent(lambda: check(Schedule(TwoLevelTerms(E, G), kind, steps=5, only=("intra",)), Switch(weight=0.01)))
+
+
+def test_the_terms_of_every_group_add_up():
+    groups = Groups.equal(E, G)
+    parts = [TwoLevelTerms(E // G, 2, lambda_intra=0.01) for _ in range(G)]
+    with pytest.raises(GuardError, match=r"0.04/0.01 = 4 > 2.5"):
+        check(PerGroup(groups, parts), Switch(weight=0.01))
+
+
+def test_dual_ascent_can_reach_what_the_terms_do_not_start_with():
+    with pytest.warns(HimoeWarning, match="lambda_inter = 0 ≤ lambda_intra = 0.025"):
+        build(intra="global", lambda_inter=0.02, epsilon_intra=0.7, epsilon_inter=0.5)
 
 
 def test_terms_inside_other_balancers_are_found():
@@ -189,6 +217,13 @@ def test_a_multiplicative_step_counts_against_the_relative_spread():
     silent(lambda: step(LossFree(512, multiplicative=True), softmax, 512))
     with pytest.warns(HimoeWarning, match=r"0.5 a step, .* times the spread relative to their mean 1.3 of softmax"):
         step(LossFree(512, multiplicative=True, rate=0.5), softmax, 512)
+
+
+def test_the_advice_fits_the_scores():
+    with pytest.warns(HimoeWarning, match="such as sigmoid"):
+        step(LossFree(64, rate=0.5), softmax, 64)
+    with pytest.warns(HimoeWarning, match=r"use a rate below 0.05\d?$"):
+        step(LossFree(64, rate=0.5), sigmoid, 64)
 
 
 def test_what_has_no_rate_or_no_score_is_not_judged():

@@ -1,18 +1,15 @@
 """A layer may run on one rank and not on another, or on none: every rank still reduces equally many sums."""
 
-import os
-from datetime import timedelta
-
+import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from router_zoo import E, G, everything, same, state_of
 from torch import nn
+from two_processes import RANKS, run_on_two_ranks
 
 import himoe
-from himoe import MoE, SwiGLUExperts, presets
+import himoe.functional.stats
+from himoe import GlobalBatch, MoE, SwiGLUExperts, presets
 
-RANKS = 2
 RUNS = [  # for each optimizer step and rank, which of the two layers run
     ((True, True), (True, False)),
     ((False, True), (True, False)),
@@ -46,24 +43,33 @@ def steps_of(ranks: list[int]) -> list[dict[str, torch.Tensor]]:
     return states
 
 
-def worker(rank: int, folder: str) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
-    )
-    try:
-        torch.save(steps_of([rank]), f"{folder}/rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def losses_where_a_layer_evaluates(ranks: list[int]) -> float:
+    """The loss over the global batch of the second layer, the first being in eval mode: one term, of all ranks."""
+    layers, found = make_layers(), []
+    for layer in layers:
+        layer.router.balancer = GlobalBatch()
+    layers[0].eval()
+    x = [torch.randn(11 + r, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(r)) for r in range(RANKS)]
+    for rank in ranks:
+        routings = [layer(x[rank])[1] for layer in layers]
+        if len(ranks) > 1:  # what the ranks would have added up
+            counts = sum(himoe.functional.stats.selected_load(layers[1](each)[1]) for each in x)
+            found.append(layers[1].router.balancer.losses(routings[1].replace(step_counts=counts))["global_balance"])
+        else:
+            evaluated = layers[0].router.balancer.losses(routings[0])["global_balance"]
+            found.append(himoe.aux_losses(layers, routings)["global_balance"] - evaluated)
+    return (sum(found) / len(found)).item()
+
+
+def work(rank: int) -> dict:
+    return {"steps": steps_of([rank]), "losses": losses_where_a_layer_evaluates([rank])}
 
 
 def test_two_ranks_are_one_process_whichever_layers_run_where(tmp_path):
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=RANKS)
-    expected = steps_of([0, 1])
-    for rank in range(RANKS):
-        found = torch.load(tmp_path / f"rank{rank}.pt")
-        assert all(same(one, other, 1e-7) for one, other in zip(found, expected, strict=True))
+    ranks, expected = run_on_two_ranks(work, tmp_path), steps_of([0, 1])
+    for rank in ranks:
+        assert all(same(one, other, 1e-7) for one, other in zip(rank["steps"], expected, strict=True))
+    assert sum(rank["losses"] for rank in ranks) / RANKS == pytest.approx(losses_where_a_layer_evaluates([0, 1]))
     assert not same(expected[0], steps_of([0])[0], 1e-4)  # the other rank's tokens do matter
 
 

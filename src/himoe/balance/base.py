@@ -115,10 +115,15 @@ def step_balancers(balancers: Iterable[Balancer]) -> None:
         balancer.sums.clear()
 
 
+def over_ranks() -> bool:
+    """Return whether there are other ranks to add up with."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def add_over_ranks(sums: list[dict[str, Tensor]]) -> None:
     """Replace every tensor by its sum over ranks: one stacked fp64 all-reduce, exact for counts below 2⁵³."""
     places = [(holder, name) for holder in sums for name in sorted(holder)]
-    if not places or not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not places or not over_ranks():
         return
     stacked = torch.cat([holder[name].flatten().to(torch.float64) for holder, name in places])
     dist.all_reduce(stacked)

@@ -65,7 +65,7 @@ class DualAscent(Balancer):
         super().__init__()
         if not isinstance(terms, Constrained):
             raise ConfigError(f"dual_ascent: needs two-level terms, got {type(terms).__name__}")
-        if rate < 0 or maximum <= 0:
+        if not (0 <= rate < float("inf") and 0 < maximum < float("inf")):
             raise ConfigError(f"dual_ascent: rate = {rate} must be ≥ 0 and maximum = {maximum} above 0")
         self.terms = terms
         self.epsilon_intra, self.epsilon_inter, self.rate, self.maximum = epsilon_intra, epsilon_inter, rate, maximum

@@ -45,8 +45,11 @@ class LogitCorrection(Balancer):
         super().__init__()
         if mean_from not in ("previous", "same_batch"):
             raise ConfigError(f"logit_correction: mean_from = {mean_from!r} must be previous or same_batch")
-        if not 0 <= beta < 1 or temperature <= 0:
-            raise ConfigError(f"logit_correction: beta = {beta} must be in [0, 1), temperature = {temperature} above 0")
+        if not (0 <= beta < 1 and 0 < temperature < float("inf") and abs(tau) < float("inf")):
+            raise ConfigError(
+                f"logit_correction: tau = {tau} must be finite, beta = {beta} in [0, 1), temperature = {temperature} "
+                "above 0 and finite"
+            )
         self.tau, self.beta, self.temperature, self.mean_from = tau, beta, temperature, mean_from
         self.causal = mean_from == "previous"
         self.register_buffer("mean_logits", torch.zeros(num_experts, dtype=torch.float32))

@@ -1,8 +1,7 @@
 """`Schedule`: scales any balancer's losses, or the moves of its state, over the optimizer steps.
 
-The Hi-MoE paper (arXiv 2605.08292) trains all its terms jointly; the authors' code can warm the intra-group term up
-linearly; a reading that neither supports has two stages, first the inter-group term alone and then both. All three are
-schedules of the same terms, so that an ablation can settle which one matters.
+The Hi-MoE paper (arXiv 2605.08292) trains all its terms jointly; the authors' code can warm the intra-group term up; a
+reading that neither supports has two stages, first the inter-group term alone. An ablation can settle which matters.
 
 Controllers have no losses but a state that moves once per step. DeepSeek-V3 (arXiv 2412.19437) stops its bias for the
 last part of training: `off_after` on the moves. The same way `warmup` ramps the rate of any controller.
@@ -60,6 +59,8 @@ class Schedule(Balancer):
             scales = "losses" if has["losses"] or only is not None else "moves"
         if scales not in self.SCALES:
             raise ConfigError(f"schedule {kind}: scales = {scales!r} must be one of {', '.join(self.SCALES)}")
+        if isinstance(only, str):
+            raise ConfigError(f"schedule {kind}: only = {only!r} must be a list of names, such as ({only!r},)")
         if scales == "moves" and only is not None:
             raise ConfigError(f"schedule {kind}: only = {only} names losses; leave it out with scales = 'moves'")
         if not has[scales]:
@@ -92,11 +93,11 @@ class Schedule(Balancer):
         """Return the balancer's losses, multiplied by the factor where they are what is scaled."""
         if self.scales == "moves":
             return self.balancer.losses(routing)
-        factor = self.factor()
-        return {
-            name: value * factor if self.only is None or name in self.only else value
-            for name, value in self.balancer.losses(routing).items()
-        }
+        factor, values = self.factor(), self.balancer.losses(routing)
+        scaled = set(values if self.only is None else self.only)
+        if unknown := ", ".join(sorted(scaled - set(values))):
+            raise ConfigError(f"schedule {self.kind}: only names {unknown}; the losses are {', '.join(values)}")
+        return {name: value * factor if name in scaled else value for name, value in values.items()}
 
     def observe(self, routing: Routing) -> None:
         """Pass on."""

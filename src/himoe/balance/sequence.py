@@ -27,8 +27,10 @@ class SequenceBalance(Balancer):
 
     def __init__(self, *, weight: float = 1e-4, source: str = "corrected") -> None:
         super().__init__()
-        if weight < 0 or source not in ("raw", "corrected"):
-            raise ConfigError(f"sequence: weight = {weight} must be ≥ 0, source = {source!r} raw or corrected")
+        if not 0 <= weight < float("inf") or source not in ("raw", "corrected"):
+            raise ConfigError(
+                f"sequence: weight = {weight} must be ≥ 0 and finite, source = {source!r} raw or corrected"
+            )
         self.weight, self.source = weight, source
         self.alpha = weight
 

@@ -30,8 +30,8 @@ class Switch(Balancer):
 
     def __init__(self, *, weight: float = 0.01, source: str = "corrected") -> None:
         super().__init__()
-        if weight < 0 or source not in ("raw", "corrected"):
-            raise ConfigError(f"switch: weight = {weight} must be ≥ 0, source = {source!r} raw or corrected")
+        if not 0 <= weight < float("inf") or source not in ("raw", "corrected"):
+            raise ConfigError(f"switch: weight = {weight} must be ≥ 0 and finite, source = {source!r} raw or corrected")
         self.weight, self.source = weight, source
         self.alpha = weight
 

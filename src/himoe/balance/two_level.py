@@ -59,8 +59,9 @@ class TwoLevelTerms(Balancer):
                 raise ConfigError(f"two_level: {name} = {value!r} must be one of {', '.join(table)}")
         if source not in ("raw", "corrected"):
             raise ConfigError(f"two_level: source = {source!r} must be raw or corrected")
-        if lambda_intra < 0 or lambda_inter < 0:
-            raise ConfigError(f"two_level: lambda_intra = {lambda_intra} and lambda_inter = {lambda_inter} must be ≥ 0")
+        for name, value in (("lambda_intra", lambda_intra), ("lambda_inter", lambda_inter)):
+            if not 0 <= value < float("inf"):
+                raise ConfigError(f"two_level: {name} = {value} must be ≥ 0 and finite")
         self.groups = Groups.of(groups, num_experts)
         self.lambda_intra, self.lambda_inter = lambda_intra, lambda_inter
         self.intra, self.inter, self.source = intra, inter, source

@@ -18,8 +18,8 @@ class ZLoss(Balancer):
 
     def __init__(self, *, weight: float = 1e-3) -> None:
         super().__init__()
-        if weight < 0:
-            raise ConfigError(f"z_loss: weight = {weight} must be ≥ 0")
+        if not 0 <= weight < float("inf"):
+            raise ConfigError(f"z_loss: weight = {weight} must be ≥ 0 and finite")
         self.weight = weight
 
     def losses(self, routing: Routing) -> dict[str, Float[Tensor, ""]]:

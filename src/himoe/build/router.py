@@ -4,6 +4,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from himoe import registry
 from himoe.balance import Balancer, Chain, PerGroup, Schedule
 from himoe.build.calling import bind, call, check_type, construct, parameters_of, try_out
@@ -59,14 +61,22 @@ def _warn_of_what_cannot_learn(moe: MoEConfig, router: Router) -> None:
             HimoeWarning,
             stacklevel=3,
         )
-    if router.renormalize and moe.top_k == 1:
+    if moe.top_k == 1 and (router.renormalize or _best_is_always_alike(router)):
         cause = "moe.renormalize = true" if moe.renormalize else f"moe.score {moe.score!r}"
         warnings.warn(
             f"{cause} with moe.top_k = 1: every weight is 1, so the gate learns nothing from the task; "
-            "leave it out, or raise moe.top_k",
+            "choose another, or raise moe.top_k",
             HimoeWarning,
             stacklevel=3,
         )
+
+
+@torch.no_grad()
+def _best_is_always_alike(router: Router) -> bool:
+    """Return whether the best expert of every token has the same score, whatever the logits."""
+    logits = torch.linspace(-3, 3, 7, device="cpu")[:, None] * torch.arange(1.0, router.num_experts + 1, device="cpu")
+    best = router.score(logits).amax(-1)
+    return router.num_experts > 1 and bool((best == best[0]).all())
 
 
 def build_groups(moe: MoEConfig) -> Groups:

@@ -201,6 +201,11 @@ def _gate_of_a_shared_expert(shared_gate: bool, shared_dim: int) -> str | None:
     return "needs a shared expert: set moe.shared_dim" if shared_gate and not shared_dim else None
 
 
+@rule("moe.capacity_order", "moe.capacity_factor")
+def _order_of_a_capacity(order: str, factor: float | None) -> str | None:
+    return "orders the places of a capacity: set moe.capacity_factor" if order != "token_major" and not factor else None
+
+
 @rule("moe.balancers", "moe.num_groups")
 def _balancers_per_group(balancers: list[dict[str, Any]], num_groups: int) -> str | None:
     if num_groups > 1 or not any(balancer.get("per_group") for balancer in balancers):

@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from himoe.errors import ConfigError
 from himoe.functional.cross_entropy import linear_cross_entropy
+from himoe.functional.masked import masked_mean
+from himoe.functional.precision import accumulation_dtype
 from himoe.models.attention import Attention, visible
 from himoe.models.cache import Buffer, KVCache
 from himoe.models.recompute import CONTEXTS, autocast_without_cache, silence_false_alarm
@@ -150,8 +153,8 @@ class DecoderLM(nn.Module):
             document_ids: (B, S) equal for the tokens of one document, which see each other and nothing else. None:
                 every row is one document. Losses per sequence are per row all the same.
             cache: what earlier calls read of the same rows; `token_ids` go on from there, and are added to it.
-            targets: (B, S) the token that follows each. The model then gives its mean cross-entropy in place of logits,
-                which never exist as a whole (`linear_cross_entropy`).
+            targets: (B, S) the token that follows each real one. The model then gives its mean cross-entropy in place
+                of logits. Those of a plain head never exist as a whole (`linear_cross_entropy`), nor do its hooks run.
 
         Returns:
             logits (B, S, V), or with targets the loss, and one `Routing` per MoE layer, in layer order.
@@ -185,9 +188,16 @@ class DecoderLM(nn.Module):
                 if routing is not None:
                     routings.append(routing)
         x = self.norm(x)
-        if targets is None:
-            return self.head(x), routings
-        return linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten()), routings
+        return (self.head(x) if targets is None else self._loss(x, targets, mask)), routings
+
+    def _loss(self, x: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
+        mask = None if mask is None else mask.flatten()
+        if type(self.head) is nn.Linear and self.head.bias is None:
+            return linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), mask)
+        targets = targets.flatten() if mask is None else targets.flatten().where(mask, 0)
+        logits = self.head(x).flatten(0, 1)
+        nats = F.cross_entropy(logits.to(accumulation_dtype(logits.dtype)), targets, reduction="none")
+        return masked_mean(nats, mask)
 
     @property
     def recompute(self) -> str:

@@ -10,13 +10,14 @@ step(model)  # every optimizer step
 """
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from himoe.balance import Balancer, step_balancers
-from himoe.balance.base import STEP_COUNTS, add_over_ranks
+from himoe.balance.base import STEP_COUNTS, add_over_ranks, over_ranks
 from himoe.errors import ConfigError
 from himoe.functional.stats import selected_load
 from himoe.nn.moe import MoE, moe_layers
@@ -42,10 +43,11 @@ def _pairs(model: nn.Module, routings: Routings) -> list[tuple[MoE, Routing | No
 def _with_step_counts(pairs: list[tuple[MoE, Routing | None]]) -> list[tuple[MoE, Routing | None]]:
     """Fill in `step_counts` where a balancer asks for them: one all-reduce for all layers, none if nobody asks.
 
-    A layer that did not run takes part with what it has counted before, so that every rank reduces equally many
-    numbers. Routings of eval mode stay as they are, and other ranks are not waited for: those may evaluate less.
+    A layer that did not run, or ran in eval mode, takes part with what it has counted before, so that every rank
+    reduces equally many numbers. Where all that ran was in eval mode, the other ranks are not waited for: those may
+    evaluate less.
     """
-    if any(routing is not None and not routing.context.training for _, routing in pairs):
+    if not any(_trains(routing) for _, routing in pairs) and any(routing is not None for _, routing in pairs):
         return pairs
     counts: list[dict[str, Tensor]] = []
     seen: set[Balancer] = set()
@@ -63,13 +65,17 @@ def _with_step_counts(pairs: list[tuple[MoE, Routing | None]]) -> list[tuple[MoE
         )
     add_over_ranks(counts)
     return [
-        (layer, routing.replace(step_counts=found[STEP_COUNTS]) if routing is not None and found else routing)
+        (layer, routing.replace(step_counts=found[STEP_COUNTS]) if _trains(routing) and found else routing)
         for (layer, routing), found in zip(pairs, counts, strict=True)
     ]
 
 
+def _trains(routing: Routing | None) -> TypeGuard[Routing]:
+    return routing is not None and routing.context.training
+
+
 def _counted(layer: MoE, routing: Routing | None) -> Tensor:
-    if routing is not None:
+    if _trains(routing):
         return selected_load(routing)
     device = next(layer.parameters(), torch.empty(0)).device
     return torch.zeros(layer.router.num_experts, dtype=torch.int64, device=device)
@@ -119,8 +125,9 @@ def step(model: nn.Module) -> None:
     A layer that did not run on this rank takes part with no tokens, since it may have run on another.
     """
     layers = moe_layers(model)
-    for layer in layers:
-        if not any(part.sums for part in layer.router.balancer.modules() if isinstance(part, Balancer)):
+    for layer in layers if over_ranks() else []:
+        parts = [part for part in layer.router.balancer.modules() if isinstance(part, Balancer)]
+        if not any(part.sums for part in parts) and any(type(part).observe is not Balancer.observe for part in parts):
             layer.router.balancer.observe(_no_tokens(layer))
     step_balancers(layer.router.balancer for layer in layers)
 
@@ -130,5 +137,6 @@ def _no_tokens(layer: MoE) -> Routing:
     device = next(layer.router.parameters(), torch.empty(0)).device
     values = torch.zeros(0, layer.router.num_experts, device=device)
     ids = torch.zeros(0, layer.router.top_k, dtype=torch.int64, device=device)
-    context = RouterContext(batch_shape=(0,), noise=values, noise_std=values, training=True)
+    weight = getattr(layer.router.gate, "weight", None)
+    context = RouterContext(batch_shape=(0,), gate_weight=weight, noise=values, noise_std=values, training=True)
     return Routing(values, values, ids, ids.to(values.dtype), ids.bool(), ids.bool(), context)

@@ -3,6 +3,7 @@
 The only place where this order is written.
 """
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 
@@ -54,6 +55,8 @@ class Router(nn.Module):
         scaling_factor: float = 1.0,
     ) -> None:
         super().__init__()
+        if not math.isfinite(scaling_factor):
+            raise ConfigError(f"router: scaling_factor = {scaling_factor} must be finite")
         self.gate, self.selector, self.score = gate, selector, score
         self.num_experts, self.renormalize, self.scaling_factor = num_experts, renormalize, scaling_factor
         self.balancer = Balancer() if balancer is None else balancer

@@ -1,13 +1,14 @@
 """Warnings and refusals for coefficients that are known to fail, with the numbers that make them fail."""
 
+import math
 import warnings
 
 import torch
-from torch import nn
 
 from himoe.balance import Balancer, DualAscent, Schedule, TwoLevelTerms
 from himoe.errors import ConfigError, GuardError, HimoeWarning
 from himoe.functional.bound import name_of
+from himoe.functional.scores import sigmoid
 from himoe.nn.router import ScoreFunction
 
 MAX_RATIO = 2.5  # λ_intra/α; on a toy, CV inside a group was .17 at 1, .28 at 2.5, and one expert took all at 10
@@ -45,17 +46,22 @@ def check_guards(
     """
     if score is not None and num_experts is None:
         raise ConfigError("check_guards: score needs num_experts beside it")
-    for part in balancer.modules():
+    parts = [part for part in balancer.modules() if isinstance(part, Balancer)]
+    for part in parts:
         if isinstance(part, TwoLevelTerms):
-            _warn_of_one_group(part, top_k)
-            if part.intra == "group_conditional":
-                _refuse_collapse(part, balancer, force)
-        if isinstance(part, Balancer) and part.bias_step and score is not None and num_experts is not None:
+            _warn_of_one_group(part, *_extremes(part, parts), top_k)
+        if part.bias_step and score is not None and num_experts is not None:
             _warn_of_step(part, part.bias_step, score, num_experts)
+    _refuse_collapse(parts, force)
 
 
-def _warn_of_one_group(terms: TwoLevelTerms, top_k: int) -> None:
-    intra, inter = terms.lambda_intra, terms.lambda_inter
+def _extremes(terms: TwoLevelTerms, parts: list[Balancer]) -> tuple[float, float]:
+    """Return the largest λ_intra and the least λ_inter beside it: dual ascent moves both between 0 and a maximum."""
+    maxima = [part.maximum for part in parts if isinstance(part, DualAscent) and part.terms is terms]
+    return (max(terms.lambda_intra, *maxima), 0.0) if maxima else (terms.lambda_intra, terms.lambda_inter)
+
+
+def _warn_of_one_group(terms: TwoLevelTerms, intra: float, inter: float, top_k: int) -> None:
     if intra == 0:
         return
     form = (terms.intra, terms.inter)
@@ -77,18 +83,18 @@ def _warn_of_one_group(terms: TwoLevelTerms, top_k: int) -> None:
         )
 
 
-def _refuse_collapse(terms: TwoLevelTerms, balancer: Balancer, force: bool) -> None:
-    parts = [m for m in balancer.modules() if isinstance(m, Balancer) and m not in _ending_before(terms, balancer)]
-    alpha = sum(part.alpha or 0 for part in parts)
-    if any(_balances_by_other_means(part) for part in parts):
-        return  # no ratio is known to fail
-    # Dual ascent may raise λ_intra up to its maximum.
-    reachable = [part.maximum for part in parts if isinstance(part, DualAscent) and part.terms is terms]
-    largest = max(terms.lambda_intra, *reachable) if reachable else terms.lambda_intra
+def _refuse_collapse(parts: list[Balancer], force: bool) -> None:
+    conditional = [part for part in parts if isinstance(part, TwoLevelTerms) and part.intra == "group_conditional"]
+    largest = sum(_extremes(terms, parts)[0] for terms in conditional)  # each pulls: those of every group, for instance
     if largest == 0:
         return
+    starts, ends = zip(*(_steps_of(terms, parts) for terms in conditional), strict=True)
+    lasting = [part for part in parts if (span := _steps_of(part, parts))[0] <= min(starts) and span[1] >= max(ends)]
+    alpha = sum(part.alpha or 0 for part in lasting)
+    if any(_balances_by_other_means(part) for part in lasting):
+        return  # no ratio is known to fail
     if alpha == 0:
-        problem = f"lambda_intra = {largest:g} without any load-balancing part"
+        problem = f"lambda_intra = {largest:g} without any load-balancing part that acts as long as it does"
     elif largest / alpha > MAX_RATIO * (1 + 1e-9):
         problem = f"lambda_intra/alpha = {largest:g}/{alpha:g} = {largest / alpha:g} > {MAX_RATIO}"
     else:
@@ -100,10 +106,25 @@ def _refuse_collapse(terms: TwoLevelTerms, balancer: Balancer, force: bool) -> N
     warnings.warn(message, HimoeWarning, stacklevel=4)
 
 
-def _ending_before(terms: TwoLevelTerms, balancer: Balancer) -> set[nn.Module]:
-    """Return what a schedule switches off while the terms go on."""
-    ends = [m for m in balancer.modules() if isinstance(m, Schedule) and m.kind == "off_after"]
-    return {part for end in ends if terms not in end.modules() for part in end.modules()}
+def _steps_of(part: Balancer, parts: list[Balancer]) -> tuple[float, float]:
+    """Return from which optimizer step on a part acts in full, and until which, by the schedules around it.
+
+    Of a schedule of some losses only, those that are not the two terms are taken for every other loss in it.
+    """
+    start, end = 0.0, math.inf
+    for schedule in parts:
+        if not isinstance(schedule, Schedule) or all(part is not inner for inner in schedule.modules()):
+            continue
+        terms = {"intra"} if isinstance(part, TwoLevelTerms) else set(schedule.only or ()) - {"intra", "inter"}
+        if (schedule.scales == "losses") != (type(part).losses is not Balancer.losses):
+            continue
+        if schedule.only is not None and not terms & set(schedule.only):
+            continue
+        if schedule.kind == "off_after":
+            end = min(end, schedule.steps)
+        else:
+            start = max(start, schedule.steps)
+    return start, end
 
 
 def _balances_by_other_means(part: Balancer) -> bool:
@@ -121,11 +142,12 @@ def _warn_of_step(part: Balancer, step: float, score: ScoreFunction, num_experts
     if num_experts == 1 or step <= MAX_STEP * spread:
         return
     relative = " relative to their mean" if part.bias_multiplies else ""
+    other = "" if score is sigmoid else ", or scores that lie further apart, such as sigmoid"
     warnings.warn(
         f"{type(part).__name__}: the bias moves by {step:g} a step, {step / max(spread, TINY):.3g} times the spread"
         f"{relative} {spread:.3g} of {name_of(score)} scores over {num_experts} experts (standard deviation, for "
-        f"unit-normal logits), so that it decides instead of the score; use a rate below {MAX_STEP * spread:.2g}, or "
-        "scores that lie further apart, such as sigmoid",
+        f"unit-normal logits), so that it decides instead of the score; use a rate below "
+        f"{MAX_STEP * spread:.2g}{other}",
         HimoeWarning,
         stacklevel=4,
     )
@@ -133,9 +155,10 @@ def _warn_of_step(part: Balancer, step: float, score: ScoreFunction, num_experts
 
 @torch.no_grad()
 def score_spread(score: ScoreFunction, num_experts: int) -> tuple[float, float]:
-    """Return mean and standard deviation over experts of the scores of unit-normal logits, which a fresh gate gives.
+    """Return mean and standard deviation over experts of the scores of unit-normal logits.
 
-    Always the same numbers, also of scores that are random, and random numbers elsewhere stay as they are.
+    That is a convention: logits of a fresh gate with small weights lie closer together, those of a trained one further
+    apart. Always the same numbers, also of scores that are random, and random numbers elsewhere stay as they are.
     """
     rows = -(-SPREAD_LOGITS // num_experts)
     generator = torch.Generator("cpu").manual_seed(0)

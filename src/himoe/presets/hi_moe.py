@@ -32,7 +32,7 @@ def hi_moe(
     schedule_steps: int = 0,
     epsilon_intra: float | None = None,
     epsilon_inter: float | None = None,
-    dual_rate: float = 1e-3,
+    dual_rate: float | None = None,
     dual_maximum: float | None = None,
     z_loss: float = 0.0,
     extra: Sequence[Balancer] = (),
@@ -62,7 +62,7 @@ def hi_moe(
         schedule_steps: optimizer steps of the first part.
         epsilon_intra: with `epsilon_inter`, bounds for `DualAscent`: both λ then move, from the values given here.
         epsilon_inter: see `epsilon_intra`.
-        dual_rate: η of the dual ascent.
+        dual_rate: η of the dual ascent; default 0.001.
         dual_maximum: λ_max of the dual ascent; default 2.5·alpha, the largest that the guards accept.
         z_loss: weight of the router z-loss.
         extra: more balancers behind these; the guards count them.
@@ -73,6 +73,8 @@ def hi_moe(
     """
     partition, per_group = resolve_groups(num_experts, top_k, num_groups, groups)
     parts: list[Balancer] = []
+    if correction == "none" and (tau, beta, temperature) != (0.01, 0.9, 1.0):
+        raise ConfigError("hi_moe: tau, beta and temperature belong to the correction, and correction = 'none'")
     if correction != "none":
         parts.append(LogitCorrection(num_experts, tau=tau, beta=beta, temperature=temperature, mean_from=correction))
     terms = TwoLevelTerms(
@@ -88,8 +90,8 @@ def hi_moe(
     if epsilon_intra is not None and epsilon_inter is not None:
         maximum = MAX_RATIO * alpha if dual_maximum is None else dual_maximum
         bounds = {"epsilon_intra": epsilon_intra, "epsilon_inter": epsilon_inter}
-        steered = DualAscent(terms, **bounds, rate=dual_rate, maximum=maximum)
-    elif (epsilon_intra, epsilon_inter, dual_maximum) != (None, None, None):
+        steered = DualAscent(terms, **bounds, rate=1e-3 if dual_rate is None else dual_rate, maximum=maximum)
+    elif (epsilon_intra, epsilon_inter, dual_rate, dual_maximum) != (None, None, None, None):
         raise ConfigError("hi_moe: dual ascent needs both epsilon_intra and epsilon_inter")
     parts += [_scheduled(steered, schedule, schedule_steps), Switch(weight=alpha, source="raw")]
     if z_loss:
@@ -107,4 +109,5 @@ def _scheduled(terms: Balancer, schedule: str, steps: int) -> Balancer:
         raise ConfigError(f"hi_moe: schedule_steps = {steps} needs schedule = 'warmup' or 'two_stage'")
     if schedule != "joint" and steps < 1:
         raise ConfigError(f"hi_moe: schedule = {schedule!r} needs schedule_steps ≥ 1, the steps of its first part")
-    return terms if schedule == "joint" else Schedule(terms, schedule, steps=steps, only=("intra",))
+    no_intra = isinstance(terms, TwoLevelTerms) and not terms.lambda_intra
+    return terms if schedule == "joint" or no_intra else Schedule(terms, schedule, steps=steps, only=("intra",))
