@@ -36,6 +36,7 @@ def test_a_language_model_with_each_selector_trains(name):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:moe.balancers. what Switch moves")
 def test_options_of_a_selector_reach_it():
     built = router(**spelled("top_p", selector_options={"p": 0.9, "max_k": 3}))
     assert built.selector.keywords == {"p": 0.9, "max_k": 3} and built.top_k == 3
@@ -135,6 +136,7 @@ def test_a_balancer_that_needs_noise_needs_a_gate_that_adds_it(preset, per_group
         assert built.balancer.losses(built(torch.randn(9, DIM)))["smooth_load"] > 0
 
 
+@pytest.mark.filterwarnings("ignore:moe.balancers. what Switch moves")
 def test_a_gate_of_ones_own_beside_hash_is_tried_out_with_a_token_id():
     router(**spelled("hash", gate="himoe.nn:CosineGate"))
 
@@ -157,3 +159,17 @@ def test_the_prefix_of_a_text_gets_the_same_experts_from_every_selector_that_say
 def test_a_single_weight_that_is_always_one_is_told_of_without_renormalisation_too():
     with pytest.warns(HimoeWarning, match="moe.score 'softmax_over_selected' with moe.top_k = 1: every weight is 1"):
         router(**spelled("top_k", score="softmax_over_selected", top_k=1), renormalize=False)
+
+
+@pytest.mark.parametrize("selector", ["hash", "round_robin", "threshold"])
+@pytest.mark.parametrize("balancer", ["loss_free", "switch", "quantile"])
+def test_balancing_that_the_selector_does_not_look_at_is_told_of(selector, balancer):
+    moe = spelled(selector, balancers=[{"name": balancer}])
+    if (selector, balancer) == ("threshold", "loss_free"):  # a bias lifts scores over a threshold of 0, or under it
+        router(**moe)
+    else:
+        told = f"moves makes no difference to what moe.selector '{selector}' chooses"
+        with pytest.warns(HimoeWarning, match=told):
+            router(**moe)
+    if selector == "threshold":
+        router(**moe, selector_options={"threshold": 0.1})

@@ -43,7 +43,7 @@ class Balancer(nn.Module):
     """How far an optimizer step moves what is added to the scores of the choice, where that is a rate; else None."""
 
     bias_multiplies: bool = False
-    """True where scores are multiplied instead, by what `bias_step` moves from 1."""
+    """True where scores are multiplied instead, by a factor that `bias_step` moves."""
 
     needs_noise: ClassVar[bool] = False
     """True for a strategy whose losses need a gate that adds noise, one with a method `noise_std`."""

@@ -65,7 +65,7 @@ class Quantile(Balancer):
             )
         if space not in ("log", "linear") or not 0 <= smoothing < 1:
             raise ConfigError(f"quantile: space = {space!r} must be log or linear, smoothing = {smoothing} in [0, 1)")
-        self.chosen, self.space, self.smoothing = chosen, space, smoothing
+        self.chosen, self.space, self.smoothing, self.bias_multiplies = chosen, space, smoothing, space == "log"
         self.register_buffer("bias", torch.zeros(num_experts, dtype=torch.float32))
 
     def reset_parameters(self) -> None:

@@ -15,6 +15,7 @@ from himoe.functional.bound import unbound
 from himoe.functional.groups import Groups
 from himoe.nn import Router
 from himoe.presets import check_guards
+from himoe.types import RouterContext
 
 
 def build_router(moe: MoEConfig, dim: int) -> Router:
@@ -54,8 +55,17 @@ def _renormalizes(moe: MoEConfig, selector: Callable[..., Any], score: Callable[
 
 
 def _warn_of_what_cannot_learn(moe: MoEConfig, router: Router) -> None:
-    parts = [part for part in router.balancer.modules() if isinstance(part, Balancer)]
-    if not any(getattr(part, "balances_load", False) for part in (unbound(router.selector), *parts)):
+    parts = [part for part in router.balancer.modules() if isinstance(part, Balancer) and part.balances_load]
+    choosy = moe.selector in registry.SELECTORS and moe.top_k < moe.num_experts
+    idle = [part for part in parts if choosy and not _moves_choice(part, router)]
+    if idle:
+        warnings.warn(
+            f"moe.balancers: what {', '.join(sorted({type(part).__name__ for part in idle}))} moves makes no "
+            f"difference to what moe.selector {moe.selector!r} chooses as configured",
+            HimoeWarning,
+            stacklevel=3,
+        )
+    elif not any(getattr(part, "balances_load", False) for part in (unbound(router.selector), *parts)):
         warnings.warn(
             "moe.selector without moe.balancers that balance load: nothing keeps the experts evenly used",
             HimoeWarning,
@@ -69,6 +79,28 @@ def _warn_of_what_cannot_learn(moe: MoEConfig, router: Router) -> None:
             HimoeWarning,
             stacklevel=3,
         )
+
+
+@torch.no_grad()
+def _moves_choice(part: Balancer, router: Router) -> bool:
+    """Return whether the selector chooses otherwise once scores are as far from each other as the part can move them.
+
+    A loss moves the scores themselves, through the gate; a bias multiplies them, or is added to them.
+    """
+    logits = torch.randn(8, router.num_experts, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    scores = router.score(logits)
+    factors = torch.arange(1.0, router.num_experts + 1, device="cpu") ** 8
+    if type(part).adjust_choice is Balancer.adjust_choice:
+        moved = router.score(logits.flip(0, 1))
+    else:
+        moved = scores * factors if part.bias_multiplies else scores + factors - factors.mean()
+    context = RouterContext(batch_shape=(len(scores),), token_ids=torch.arange(len(scores), device="cpu"))
+    nothing, choices = (
+        torch.zeros_like(scores, dtype=torch.bool),
+        [router.selector(s, context) for s in (scores, moved)],
+    )
+    before, after = (nothing.scatter(-1, ids, selected) for ids, selected in choices)
+    return not torch.equal(before, after)
 
 
 @torch.no_grad()

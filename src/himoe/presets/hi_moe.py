@@ -73,8 +73,6 @@ def hi_moe(
     """
     partition, per_group = resolve_groups(num_experts, top_k, num_groups, groups)
     parts: list[Balancer] = []
-    if correction == "none" and (tau, beta, temperature) != (0.01, 0.9, 1.0):
-        raise ConfigError("hi_moe: tau, beta and temperature belong to the correction, and correction = 'none'")
     if correction != "none":
         parts.append(LogitCorrection(num_experts, tau=tau, beta=beta, temperature=temperature, mean_from=correction))
     terms = TwoLevelTerms(
