@@ -128,6 +128,47 @@ class NotANumberOnEmpty(Bias):
             self.bias.add_(0.001 * (counts.mean() - counts) / counts.sum())
 
 
+class CountsWhatIsKept(Bias):
+    def observe(self, routing):
+        self.accumulate("counts", count_pairs(routing.expert_ids, routing.kept, E))
+
+
+class LossOfWhatIsKept(Bias):
+    def losses(self, routing):
+        load = count_pairs(routing.expert_ids, routing.kept, E) / routing.selected.sum().clamp(min=1)
+        real = routing.scores.where(routing.selected.any(-1, keepdim=True), 0)
+        return {"kept": (load * real.sum(0)).sum() / routing.selected.any(-1).sum().clamp(min=1)}
+
+
+class DetachesTheLogits(Bias):
+    def adjust_logits(self, logits, context):
+        return logits.detach()
+
+
+class StopsTheGradient(Bias):
+    def adjust_logits(self, logits, context):
+        return logits.detach() + 0 * logits
+
+
+class FailsWithoutTokens(Bias):
+    def observe(self, routing):
+        super().observe(routing)
+        self.accumulate("largest", routing.logits.amax().double())
+
+
+class SilentWithoutTokens(Bias):
+    def observe(self, routing):
+        if len(routing.logits):
+            super().observe(routing)
+
+
+class LooksAtTheGate(Bias):
+    def observe(self, routing):
+        super().observe(routing)
+        if routing.context.gate_weight is not None:
+            self.accumulate("norm", routing.context.gate_weight.double().norm())
+
+
 class NotANumberOnOneToken(Bias):
     def losses(self, routing):
         mask = routing.context.mask

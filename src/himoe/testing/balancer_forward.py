@@ -62,7 +62,7 @@ def check_causality(bench: Bench) -> None:
 
 
 def check_sums(bench: Bench) -> None:
-    """What `observe` collects is int64 or fp64 and lives in `sums` alone, where other ranks add theirs."""
+    """What `observe` collects is int64 or fp64 and lives in `sums` alone, where other ranks add theirs to the same."""
     balancer = bench.make()
     with torch.no_grad():
         balancer.observe(bench.router(balancer)(bench.tokens(32)))
@@ -70,11 +70,21 @@ def check_sums(bench: Bench) -> None:
         for name, value in ((name, value) for part in parts for name, value in part.sums.items()):
             exact = value.dtype in (torch.int64, torch.float64)
             bench.expect(exact, f"observe() sums {name} in {value.dtype}, must be torch.int64 or torch.float64")
+        found = _described(parts)
+        for part in parts:
+            part.sums.clear()
+        balancer.observe(bench.no_tokens(balancer))
+        alike = "observe() of no tokens adds other sums than of some, and ranks must add up the same"
+        bench.expect(_described(parts) == found, f"{alike}: {_described(parts)}, not {found}")
         for part in parts:
             part.sums.clear()
         balancer.step()
     kept = "step() uses what observe() kept outside accumulate(), where no other rank adds its own"
     bench.expect(same(state_of(balancer), state_of(bench.moved(bench.make())), 1e-9), kept)
+
+
+def _described(parts: list[Balancer]) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    return [(name, tuple(part.sums[name].shape), part.sums[name].dtype) for part in parts for name in sorted(part.sums)]
 
 
 class _Hooks:

@@ -5,6 +5,7 @@ Each check is a function below; together they are the contract of `himoe.balance
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ def check_losses(bench: Bench) -> None:
         for parameter in router.gate.parameters():  # a gate of zeros, as some start, is where losses may rest
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
     routing = router(bench.tokens(20))
+    reaches = bench.gradient(routing.scores.square().sum(), router).any()
+    bench.expect(bool(reaches), "no gradient reaches the gate from the scores: adjust_logits() must not detach")
     named = router.balancer.losses(routing)
     for name, value in named.items():
         bench.expect(value.shape == () and bool(value.isfinite()), f"loss {name} is not a finite scalar: {value}")
@@ -78,8 +81,28 @@ def check_padding(bench: Bench) -> None:
     bench.expect(same(state, state_p, 1e-6), "padding changed the state")
 
 
+def check_kept(bench: Bench) -> None:
+    """Losses and state follow what was selected, whichever of these pairs a dispatcher then keeps."""
+    results = []
+    for thinned in (False, True):
+        balancer = bench.moved(bench.make(), bench.tokens(32, seed=3))
+        routing = bench.router(balancer)(bench.tokens(20))
+        if thinned:
+            routing = replace(routing, kept=routing.selected & (routing.expert_ids < bench.num_experts // 2))
+        loss = loss_of(balancer, routing).detach()
+        with torch.no_grad():
+            balancer.observe(routing)
+        step_balancers([balancer])
+        results.append((loss, state_of(balancer)))
+    (loss, state), (loss_kept, state_kept) = results
+    alike = torch.allclose(loss, loss_kept, rtol=1e-5, atol=1e-7)
+    bench.expect(alike, "dropped pairs change the losses: they must follow `selected`, not `kept`")
+    bench.expect(same(state, state_kept, 1e-6), "dropped pairs change the state: it must follow `selected`, not `kept`")
+
+
 def check_step(bench: Bench) -> None:
-    """Only `step` moves the state; micro-batches add up to one batch; padding alone does what no batch does.
+    """Only `step` moves the state; micro-batches add up to one batch; padding alone does what no batch does, and so
+    does the batch without tokens of a layer that did not run.
 
     A step without an observation may move state, as counts of steps do, but no further after pure padding.
     """
@@ -96,6 +119,10 @@ def check_step(bench: Bench) -> None:
     only_padding = bench.moved(bench.make(), nothing, mask=none)
     no_batch = bench.moved(bench.make())
     bench.expect(same(state_of(only_padding), state_of(no_batch), 1e-6), "a step that saw only padding moved the state")
+    balancer = bench.make()
+    balancer.observe(bench.no_tokens(balancer))
+    step_balancers([balancer])
+    bench.expect(same(state_of(balancer), state_of(no_batch), 1e-6), "a step that saw no tokens moved the state")
 
 
 def check_state(bench: Bench) -> None:
@@ -157,6 +184,7 @@ CHECKS = (
     check_forward_writes_nothing,
     check_losses,
     check_padding,
+    check_kept,
     check_step,
     check_sums,
     check_state,
