@@ -19,6 +19,7 @@ WIDTH = 6
 
 
 MakeGate = Callable[[int, int], nn.Module]
+NO_GRADIENT = "no gradient reaches the gate: adjust_logits() must not detach"
 NOISE_LEVELS = 1000003  # a prime
 
 
@@ -64,9 +65,9 @@ class Bench:
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(count, WIDTH, generator=generator) + 0.5  # a common offset: some experts are favoured
 
-    def no_tokens(self, balancer: Balancer) -> Routing:
+    def no_tokens(self) -> Routing:
         """Return what `himoe.step` lets a layer observe that did not run on this rank."""
-        routing = self.router(balancer)(self.tokens(0))
+        routing = self.router(Balancer())(self.tokens(0))
         return replace(routing, context=replace(routing.context, gate_weight=None))
 
     def moved(self, balancer: Balancer, *batches: Tensor, mask: Tensor | None = None) -> Balancer:
@@ -80,9 +81,9 @@ class Bench:
 
     def gradient(self, loss: Tensor, router: Router) -> Tensor:
         """Return the gradient of all of the gate's parameters, as one vector."""
-        self.expect(loss.requires_grad, "the weights carry no gradient to the gate: adjust_logits() must not detach")
+        self.expect(loss.requires_grad, NO_GRADIENT)
         parameters = list(router.gate.parameters())
-        grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True, retain_graph=True)
         return torch.cat([grad.flatten() for grad in grads])
 
     def expect(self, condition: bool, text: str) -> None:

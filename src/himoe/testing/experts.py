@@ -90,7 +90,7 @@ def check_tokens(bench: Bench) -> None:
 
 
 def check_training(bench: Bench) -> None:
-    """Gradients reach x and, of every parameter that is not frozen, each expert's share; a forward pass changes nothing but its result.
+    """Gradients reach x and each expert's share of all that is trained; a forward pass changes nothing but its result.
 
     Of parameters away from their start, since a part may start at 0 and keep the gradient of another at 0 so far.
     """

@@ -30,6 +30,7 @@ class Bench:
         self.top_k = min(top_k, self.num_experts)
 
     def experts(self) -> nn.Module:
+        """Return experts that begin as they always do."""
         torch.manual_seed(0)
         return self.make().to(self.dtype)
 
@@ -54,6 +55,7 @@ class Bench:
         return torch.promote_types(self.dtype, torch.float32)
 
     def expect(self, condition: bool | Tensor, text: str) -> None:
+        """Raise AssertionError, with the name of the experts' class, unless the condition holds."""
         if not bool(condition):
             raise AssertionError(f"{self.name}: {text}")
 
@@ -76,6 +78,7 @@ def gradients(y: Tensor, wanted: list[Tensor]) -> list[Tensor]:
 
 
 def trained(experts: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that are not frozen."""
     return {name: parameter for name, parameter in experts.named_parameters() if parameter.requires_grad}
 
 

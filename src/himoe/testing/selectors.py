@@ -93,7 +93,7 @@ def _check_result(bench: _Bench, scores: Tensor, case: str, context: RouterConte
 
 
 def check_result(bench: _Bench) -> None:
-    """Shapes, dtypes, ids in range, no expert twice, as many places whatever the number of tokens, some of them used."""
+    """Shapes, dtypes, ids in range, no expert twice, as many places whatever the number of tokens, some used."""
     widths = set()
     for mode, training in (("training", True), ("eval", False)):
         used = False
