@@ -1,12 +1,13 @@
 """Loss-Free Balancing: hand-worked moves of the bias, and what the bias may and may not touch."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from free_router import choices, free_router, one_step, random_logits, route
 
-from himoe.balance import LossFree
+from himoe.balance import LossFree, Momentum
 from himoe.errors import ConfigError
 
 E = 4
@@ -167,3 +168,14 @@ def test_fp64_routing_keeps_an_fp32_bias():
 def test_wrong_options(options, text):
     with pytest.raises(ConfigError, match=text):
         LossFree(E, **options)
+
+
+@pytest.mark.parametrize("made_for", [1, 4, 16])
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [("loss_free", LossFree), ("loss_free", partial(LossFree, multiplicative=True)), ("momentum", Momentum)],
+)
+def test_a_bias_for_another_number_of_experts_is_refused(name, make, made_for):
+    message = f"{name}: made for num_experts = {made_for}, but the router has 8"
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        route(random_logits(0, 5, 8), 2, balancer=make(made_for))

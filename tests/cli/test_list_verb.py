@@ -19,7 +19,7 @@ from himoe.cli.catalogue import KINDS, entries
 from himoe.cli.docstrings import read_unimported
 from himoe.config import load_config
 from himoe.errors import ConfigError
-from himoe.nn import non_causal_parts
+from himoe.nn import SwiGLUExperts, moe_layers, non_causal_parts
 from himoe.registry import GOES_WITH, TABLES, load
 
 pytestmark = pytest.mark.filterwarnings("ignore::himoe.errors.HimoeWarning")
@@ -142,7 +142,16 @@ def test_a_card_shows_a_configuration_that_builds_and_names_its_options(capsys, 
         return
     file.write_text('recipe = "lm_tiny"\n' + text, encoding="utf-8")
     moe = load_config(file).moe
-    assert name in (moe.preset, moe.selector, moe.score, moe.experts, moe.gate, *(b.name for b in moe.balancers))
+    pools = {pool.experts for pool in moe.pools or ()}
+    assert name in (
+        moe.preset,
+        moe.selector,
+        moe.score,
+        moe.experts,
+        moe.gate,
+        *(b.name for b in moe.balancers),
+        *pools,
+    )
     model = build_model(load_config(file), 300)
     assert bool(non_causal_parts(model)) == moe.allow_non_causal
     if table in OPTIONS:
@@ -169,6 +178,30 @@ def test_a_name_that_stands_in_another_table_is_shown_from_there(capsys, table, 
     assert err.startswith(f"himoe: {name} is not in {table}; it is a ") and err.count("\n") == 1
     assert found == printed(capsys, home, name).out
     assert as_json(capsys, table, name)["table"] == home
+
+
+@pytest.mark.parametrize("name", ["zero", "copy", "constant"])
+def test_experts_without_hidden_layer_stand_beside_ordinary_ones(tmp_path, name):
+    (tmp_path / "my.toml").write_text(f'recipe = "lm_tiny"\n{card("experts", name).configuration}', encoding="utf-8")
+    model = build_model(load_config(tmp_path / "my.toml"), 300)
+    for layer in moe_layers(model):
+        assert [type(pool) for pool in layer.experts.pools] == [SwiGLUExperts, load("experts", name)]
+    y, _ = model(torch.randint(300, (1, 9)))
+    assert y.any()
+
+
+def test_only_the_copy_cites_longcat_flash():
+    cited = {name: card("experts", name).papers for name in ("zero", "copy", "constant")}
+    assert cited == {"zero": ["2410.07348"], "copy": ["2410.07348", "2509.01322"], "constant": ["2410.07348"]}
+
+
+def test_the_name_of_a_table_is_no_entry(capsys):
+    assert main(["list", "balancers", "gates"]) == 2
+    assert "gates is a table: himoe list gates" in capsys.readouterr().err
+
+
+def test_first_lines_say_what_an_entry_is_and_not_what_it_raises():
+    assert not [entry for table in TABLES for entry in entries(table) if "raises" in entry.description]
 
 
 def test_a_name_alone_is_enough_where_one_table_has_it(capsys):

@@ -190,7 +190,13 @@ def test_every_group_serves_every_token_equally_often():
     assert torch.bincount(expert_ids.flatten() // 3).tolist() == [100, 100, 100, 100]
 
 
-@pytest.mark.parametrize("k", [(1, 1), (1, 1, 1, 1, 1), 3, (1, 1, 1, 3)])
+@pytest.mark.parametrize("k", [(1, 1), (1, 1, 1, 1, 1), 3, (1, 1, 1, 3), 0, -1, (1, 0, 1, 1)])
 def test_a_k_that_does_not_fit_the_groups_is_refused(k):
     with pytest.raises(ConfigError, match=r"top_k_per_group: k = .* sizes \(2, 2, 2, 2\)"):
         top_k_per_group(torch.randn(3, 8), CONTEXT, groups=Groups.equal(8, 4), k=k)
+
+
+@pytest.mark.parametrize("k", [(2, 0), (0, 3), (2, -1), 0])
+def test_no_unequal_group_goes_without_an_expert(k):
+    with pytest.raises(ConfigError, match=r"a number between 1 and its size, sizes \(2, 6\)$"):
+        top_k_per_group(torch.randn(3, 8), CONTEXT, groups=Groups(((0, 1), (2, 3, 4, 5, 6, 7))), k=k)

@@ -128,6 +128,28 @@ class NotANumberOnEmpty(Bias):
             self.bias.add_(0.001 * (counts.mean() - counts) / counts.sum())
 
 
+class CountsWhatIsKept(Bias):
+    def observe(self, routing):
+        self.accumulate("counts", count_pairs(routing.expert_ids, routing.kept, E))
+
+
+class LossOfWhatIsKept(Bias):
+    def losses(self, routing):
+        load = count_pairs(routing.expert_ids, routing.kept, E) / routing.selected.sum().clamp(min=1)
+        real = routing.scores.where(routing.selected.any(-1, keepdim=True), 0)
+        return {"kept": (load * real.sum(0)).sum() / routing.selected.any(-1).sum().clamp(min=1)}
+
+
+class DetachesTheLogits(Bias):
+    def adjust_logits(self, logits, context):
+        return logits.detach()
+
+
+class StopsTheGradient(Bias):
+    def adjust_logits(self, logits, context):
+        return logits.detach() + 0 * logits
+
+
 class NotANumberOnOneToken(Bias):
     def losses(self, routing):
         mask = routing.context.mask
@@ -203,76 +225,6 @@ class InfiniteGradient(Bias):
         return {"p": (routing.logits.sum() * 0).sqrt()}
 
 
-class Still(Bias):
-    """Sound too, with a state that never moves."""
-
-    def step(self):
-        """Stay."""
-
-
-class LooksAhead(Still):
-    """Corrects by the mean over the real tokens of the batch that it routes."""
-
-    def adjust_logits(self, logits, context):
-        real = logits if context.mask is None else logits.where(context.mask[:, None], 0)
-        count = len(real) if context.mask is None else context.mask.sum().clamp(min=1)
-        return logits - real.sum(0) / count
-
-
-class LooksAheadInChoice(Still):
-    def adjust_choice(self, scores, context):
-        real = scores if context.mask is None else scores.where(context.mask[:, None], 0)
-        return scores - real.amax(0) if context.training else scores
-
-
-class KeepsCountsToItself(Bias):
-    def observe(self, routing):
-        self.mine = getattr(self, "mine", 0) + selected_load(routing)
-
-    def step(self):
-        counts = getattr(self, "mine", torch.zeros(E)).float()
-        self.bias.add_(0.001 * (counts.mean() - counts))
-        self.mine = torch.zeros(E)
-
-
-class CountsInHalf(Bias):
-    def observe(self, routing):
-        self.accumulate("counts", selected_load(routing).bfloat16())
-
-
-class CountsInFp32(Bias):
-    def observe(self, routing):
-        self.accumulate("counts", selected_load(routing).float())
-
-
-class ReadsBackInLosses(Bias):
-    def losses(self, routing):
-        total = routing.selected.sum().item()
-        return {"z": routing.logits.where(routing.selected.any(-1, keepdim=True), 0).square().sum() / max(total, 1)}
-
-
-class ReadsBackInChoice(Bias):
-    def adjust_choice(self, scores, context):
-        return scores + self.bias if self.bias.abs().sum().item() > 0 else scores
-
-
-class CutsOutPaddingInObserve(Bias):
-    def observe(self, routing):
-        ids = routing.expert_ids[routing.selected]
-        self.accumulate("counts", (ids[:, None] == torch.arange(E)).sum(0))
-
-
-class BreaksTheGraph(Bias):
-    def losses(self, routing):
-        torch._dynamo.graph_break()
-        return {}
-
-
-class DiffersWhenCompiled(Bias):
-    def adjust_choice(self, scores, context):
-        return scores - self.bias if torch.compiler.is_compiling() else scores + self.bias
-
-
 BROKEN = {
     WritesInForward: "a forward pass or losses() changed the state",
     WritesInEvalOnly: "a forward pass or losses() changed the state",
@@ -288,6 +240,10 @@ BROKEN = {
     MovesInObserve: "observe() moved the state",
     MovesWithEveryMicroBatch: "three micro-batches move the state elsewhere than one whole batch",
     AveragesMeansOfMicroBatches: "three micro-batches move the state elsewhere than one whole batch",
+    CountsWhatIsKept: "dropped pairs change the state: it must follow `selected`, not `kept`",
+    LossOfWhatIsKept: "dropped pairs change the losses: they must follow `selected`, not `kept`",
+    DetachesTheLogits: "no gradient reaches the gate: adjust_logits() must not detach",
+    StopsTheGradient: "no gradient reaches the gate: adjust_logits() must not detach",
     NotANumberOnEmpty: "a step that saw only padding moved the state",
     DecaysWithoutTokens: "a step that saw only padding moved the state",
     NotANumberOnOneToken: "one token: loss or gradient is not finite",
@@ -302,14 +258,4 @@ BROKEN = {
     LossWithoutGradient: "the losses carry no gradient",
     TrainsNothing: "the losses are not 0 and the gate's gradient is, so they train nothing",
     InfiniteGradient: "a loss gives the gate a gradient that is not finite",
-    LooksAhead: "later tokens change adjust_logits() of earlier ones: set causal = False, or mend it",
-    LooksAheadInChoice: "later tokens change adjust_choice() of earlier ones: set causal = False, or mend it",
-    KeepsCountsToItself: "step() uses what observe() kept outside accumulate()",
-    CountsInHalf: "observe() sums counts in torch.bfloat16, must be torch.int64 or torch.float64",
-    CountsInFp32: "observe() sums counts in torch.float32, must be torch.int64 or torch.float64",
-    ReadsBackInLosses: "losses(): a value is read back to the host, for which a GPU waits",
-    ReadsBackInChoice: "adjust_choice(): a value is read back to the host, for which a GPU waits",
-    CutsOutPaddingInObserve: "observe(): the size of a tensor depends on values (index), for which a GPU waits",
-    BreaksTheGraph: "losses() does not compile as one graph",
-    DiffersWhenCompiled: "adjust_choice() gives something else when compiled",
 }

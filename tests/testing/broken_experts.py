@@ -91,6 +91,20 @@ class DropsWhenCrowded(Matrices):
         return super().forward(x, expert_ids, weights, (mine & (crowd <= 6)).any(-1))
 
 
+class HasRoomForSixteenPairs(Matrices):
+    """Far more than any small batch brings."""
+
+    def forward(self, x, expert_ids, weights, kept):
+        mine = kept[..., None] & (expert_ids[..., None] == torch.arange(E))
+        place = mine.flatten(0, 1).cumsum(0).view_as(mine)
+        return super().forward(x, expert_ids, weights, (mine & (place <= 16)).any(-1))
+
+
+class HalvesLargeBatches(Matrices):
+    def add_up(self, x, expert_ids, weights):
+        return super().add_up(x, expert_ids, weights) / (2 if len(x) > 200 else 1)
+
+
 class GivesARowForNoToken(Matrices):
     def add_up(self, x, expert_ids, weights):
         y = super().add_up(x, expert_ids, weights)
@@ -124,6 +138,28 @@ class ScalesByTheLargest(Matrices):
     def real(self, x, kept):
         x = super().real(x, kept)
         return x / (x.abs().max().clamp(min=6) / 6) if len(x) else x
+
+
+class FirstExpertForAll(Matrices):
+    def add_up(self, x, expert_ids, weights):
+        return super().add_up(x, torch.zeros_like(expert_ids), weights)
+
+
+class SparesAnExpert(Matrices):
+    def add_up(self, x, expert_ids, weights):
+        return super().add_up(x, expert_ids.clamp(max=E - 2), weights)
+
+
+class OneNetworkForAll(Matrices):
+    """Of a shape that says nothing of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.empty(1, D, D))
+        self.reset_parameters()
+
+    def add_up(self, x, expert_ids, weights):
+        return super().add_up(x, torch.zeros_like(expert_ids), weights)
 
 
 class SpareParameter(Matrices):
@@ -252,6 +288,8 @@ BROKEN = {
     AddsABiasToAll: "some pairs kept: the output is not that of one pair at a time",
     MeanOverTheBatch: "some pairs kept: the output is not that of one pair at a time",
     DropsWhenCrowded: "all tokens to one expert: the output is not that of one pair at a time",
+    HasRoomForSixteenPairs: "300 tokens: the output is not that of the same tokens in small batches",
+    HalvesLargeBatches: "300 tokens: the output is not that of the same tokens in small batches",
     GivesARowForNoToken: "no token: the output is not that of one pair at a time",
     MultipliesPaddingByZero: "a token without kept pairs has an output other than 0",
     MultipliesWeightsByZero: "a token without kept pairs has an output other than 0",
@@ -259,6 +297,9 @@ BROKEN = {
     TurnsTheTwelfthToken: "the order of the tokens changes their outputs",
     ScalesByTheLargest: "other tokens change a token's output",
     DetachesTheTokens: "the output depends on x, and x has no gradient",
+    FirstExpertForAll: "parameter matrix gets no gradient where expert 1 has its share of it",
+    SparesAnExpert: "parameter matrix gets no gradient where expert 2 has its share of it",
+    OneNetworkForAll: "every token goes to another expert, and the output is the same",
     SpareParameter: "parameter spare gets no finite gradient other than 0",
     CountsCalls: "a forward pass changed a parameter or buffer",
     ChangesItsInput: "a forward pass changed its input in place",

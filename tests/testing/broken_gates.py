@@ -80,6 +80,20 @@ class DetachesItsNoise(Plain):
         return super().noise_std(x).detach() + 0 * x.sum()
 
 
+class OnlyTheLastExpert(Plain):
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits * (torch.arange(logits.shape[-1]) == logits.shape[-1] - 1)
+
+
+class LogitsAreNotLearned(Plain):
+    def forward(self, x):
+        return super().forward(x).detach()
+
+    def noise_std(self, x):
+        return super().noise_std(x) + self.linear(x, self.weight).square()
+
+
 class Explodes(Plain):
     def forward(self, x):
         return super().forward(x).exp()
@@ -161,6 +175,8 @@ BROKEN = {
     HalfInAHalfModel: "logits is torch.bfloat16 in a bf16 model",
     AlwaysSingle: "logits is torch.float32 in an fp64 model",
     DetachesItsNoise: "no gradient reaches noise_weight",
+    OnlyTheLastExpert: "no gradient reaches any parameter from the logits of expert 0",
+    LogitsAreNotLearned: "no gradient reaches any parameter from the logits of expert 0",
     Explodes: "huge tokens: logits is not finite",
     DividesByTheNorm: "tokens of zeros: logits is not finite",
     RootOfZero: "tokens of zeros: the gradient of weight is not finite",

@@ -58,6 +58,15 @@ def repeats_where_scores_are_alike(scores, context):
     return torch.zeros_like(expert_ids).where(alike, expert_ids), selected
 
 
+def selects_nothing(scores, context):
+    return sound(scores, context)[0], torch.zeros(len(scores), K, dtype=torch.bool)
+
+
+def selects_nothing_in_eval(scores, context):
+    expert_ids, selected = sound(scores, context)
+    return expert_ids, selected & context.training
+
+
 def fails_on_no_token(scores, context):
     return sound(scores - scores.max(), context)
 
@@ -181,6 +190,8 @@ BROKEN = {
     marks_unused_with_minus_one: "an id is not between 0 and 7 (unused places count too)",
     takes_the_best_twice: "a token has the same expert twice",
     repeats_where_scores_are_alike: "equal scores: a token has the same expert twice",
+    selects_nothing: "training: selects no expert for any token",
+    selects_nothing_in_eval: "eval: selects no expert for any token",
     fails_on_no_token: "0 tokens, training: fails with RuntimeError",
     has_a_place_per_token: "the number of places changes with the tokens",
     overflows: "huge scores: an id is not between 0 and 7",

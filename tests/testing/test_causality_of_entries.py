@@ -43,3 +43,4 @@ def test_an_entry_is_causal_where_it_says_so_and_only_there(table, name, tmp_pat
         pytest.skip("it cannot be named in a configuration")
     test = suffix_test(trained(found.configuration, tmp_path), texts(2, 24, seed=9))
     assert test.causal == found.facts.causal == (not test.labelled), test.leaks or test.suffixes
+    assert all(test.labelled.values()), "says it is not causal, and not why"

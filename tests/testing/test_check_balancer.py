@@ -4,7 +4,9 @@ import inspect
 import itertools
 
 import pytest
-from broken_balancers import BROKEN, Bias
+from broken_balancers import BROKEN as BROKEN_RULES
+from broken_balancers import Bias
+from broken_balancers_forward import BROKEN as BROKEN_HOOKS
 from torch import nn
 
 from himoe import Gate, registry
@@ -34,6 +36,7 @@ from himoe.functional.groups import Groups
 from himoe.nn import NoisyGate
 from himoe.testing import check_balancer
 
+BROKEN = BROKEN_RULES | BROKEN_HOOKS
 E, G = 8, 4
 UNEQUAL = Groups(((0, 3, 5), (1,), (2, 4, 6, 7)))
 

@@ -3,6 +3,7 @@
 from functools import partial
 
 import pytest
+import torch
 from broken_gates import BROKEN, Plain
 from torch import nn
 
@@ -47,6 +48,26 @@ class TwoLayers(nn.Module):
 
 def test_a_last_layer_that_starts_at_zero_is_sound():
     check_gate(TwoLayers)
+
+
+class SameNoiseForAll(Gate):
+    """Sound: only its logits are learned."""
+
+    def noise_std(self, x):
+        return torch.ones_like(x[:, :1]).expand(-1, len(self.weight)).to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Fixed(Gate):
+    """Sound: random features, as hashes of the tokens are."""
+
+    def __init__(self, dim, num_experts):
+        super().__init__(dim, num_experts)
+        self.weight.requires_grad_(False)
+
+
+@pytest.mark.parametrize("make", [SameNoiseForAll, Fixed])
+def test_what_is_not_learned_at_all_is_sound(make):
+    check_gate(make)
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)

@@ -66,6 +66,10 @@ class LossFree(Balancer):
 
     def adjust_choice(self, scores: Float[Tensor, "T E"], context: RouterContext) -> Float[Tensor, "T E"]:  # noqa: ARG002
         """Return s + b, or s·b when multiplicative."""
+        if scores.shape[-1] != self.bias.numel():
+            raise ConfigError(
+                f"loss_free: made for num_experts = {self.bias.numel()}, but the router has {scores.shape[-1]}"
+            )
         return scores * self.bias if self.multiplicative else scores + self.bias
 
     def observe(self, routing: Routing) -> None:

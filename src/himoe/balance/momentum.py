@@ -55,6 +55,10 @@ class Momentum(Balancer):
 
     def adjust_choice(self, scores: Float[Tensor, "T E"], context: RouterContext) -> Float[Tensor, "T E"]:  # noqa: ARG002
         """Return s + b."""
+        if scores.shape[-1] != self.bias.numel():
+            raise ConfigError(
+                f"momentum: made for num_experts = {self.bias.numel()}, but the router has {scores.shape[-1]}"
+            )
         return scores + self.bias
 
     def observe(self, routing: Routing) -> None:

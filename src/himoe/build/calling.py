@@ -14,6 +14,7 @@ from himoe.errors import ConfigError, nearest
 
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text in quotes"}
 LONGEST_REASON = 200
+ONLY_PYTHON = "is a tensor, which only Python can give, by functools.partial"
 
 
 def parameters_of(function: Any, where: str) -> Mapping[str, inspect.Parameter]:
@@ -39,9 +40,18 @@ def call(function: Callable[..., Any], where: str, options: dict[str, Any], give
 
 
 def bind(function: Callable[..., Any], where: str, options: dict[str, Any], given: dict[str, Any]) -> Any:
-    """Return `function` with what the layer gives and the user's options bound; its first two arguments stay open."""
-    first = list(parameters_of(function, where))[:2] if options or given else []
-    check_options(function, where, options, dict.fromkeys(first) | given)
+    """Return `function` with what the layer gives and the user's options bound; its first two arguments stay open.
+
+    Raises:
+        ConfigError: options that do not fit, or a tensor that must be given and is not.
+    """
+    parameters = parameters_of(function, where)
+    settled = dict.fromkeys([*parameters][:2]) | given
+    check_options(function, where, options, settled)
+    for name, parameter in parameters.items():
+        missing = parameter.default is parameter.empty and name not in settled | options
+        if missing and is_tensor(parameter.annotation):
+            raise ConfigError(f"{where}: {name} {ONLY_PYTHON}")
     return partial(function, **given, **options) if options or given else function
 
 
@@ -58,7 +68,7 @@ def check_options(function: Any, where: str, options: dict[str, Any], given: Map
                 f"{nearest(name, allowed)}"
             )
         if is_tensor(parameters[name].annotation) and not isinstance(value, torch.Tensor):
-            raise ConfigError(f"{where}: {name} is a tensor, which only Python can give, by functools.partial")
+            raise ConfigError(f"{where}: {name} {ONLY_PYTHON}")
         if kind := _other_kind(value, parameters[name].annotation):
             raise ConfigError(f"{where}: {name} = {value!r} must be {kind}")
         if isinstance(value, float) and not math.isfinite(value):

@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from himoe.cli.catalogue import KINDS
 from himoe.cli.docstrings import first_line, own_doc, papers, sections
-from himoe.cli.specimen import Facts, beside, facts_of
+from himoe.cli.specimen import BESIDE, Facts, beside, facts_of
 from himoe.config.key_tables import PLAIN_TYPES
 from himoe.config.recipes import recipe_description, recipe_text
 from himoe.config.toml import format_value
@@ -31,6 +31,8 @@ PLACE = {
     "experts": 'experts = "{0}"',
     "presets": 'preset = "{0}"',
 }
+AMONG_OTHERS = 'pools = [{{ num_experts = 6, experts = "swiglu" }}, {{ num_experts = 2, experts = "{0}" }}]'
+"""The place of experts that have no hidden layer: a layer of nothing else would compute next to nothing."""
 BALANCED_BY = "switch"
 """What stands beside a gate, a selector or a score that is made for no other, so that the experts are used evenly."""
 REQUIRED, TENSOR = "must be given", "tensor"
@@ -148,7 +150,10 @@ def _configuration(kind: str, name: str, options: list[Option], facts: Facts) ->
     if any(option.kind == TENSOR for option in required):
         return ""
     keys = [f"{key} = {format_value(value)}" for key, value in beside(kind, name).items()]
-    place = PLACE[kind].format(name)
+    free = kind == "experts" and "hidden_dim" not in inspect.signature(load(kind, name)).parameters
+    if free:
+        keys += [f"{key} = {format_value(value)}" for key, value in BESIDE.items()]
+    place = (AMONG_OTHERS if free else PLACE[kind]).format(name)
     if kind != "balancers":
         keys.append(place)
     if facts.causal is False:
@@ -160,7 +165,7 @@ def _configuration(kind: str, name: str, options: list[Option], facts: Facts) ->
     if shown and (kind in OPTIONS or kind == "balancers"):
         place += "".join([f"\n\n[{OPTIONS[kind]}]" if kind in OPTIONS else "", *(f"\n{line}" for line in shown)])
     alone = kind not in ("gates", "selectors", "scores") or facts.balances_load
-    if alone:
+    if alone and not free:
         return place
     balancer = GOES_WITH.get(kind, {}).get(name, {}).get("balancer", BALANCED_BY)
     return f'{place}\n\n[[moe.balancers]]\nname = "{balancer}"'

@@ -61,8 +61,11 @@ def table_of(name: str, kind: str | None = None) -> str:
     A name of the form `"package.module:Class"` is a reader's own, and stands in any table.
 
     Raises:
-        ConfigError: a name that no table has, with the nearest one, or that several have, with the ways to each.
+        ConfigError: a name that no table has, with the nearest one, or that several have, with the ways to each, or one
+            of a table.
     """
+    if name in KINDS:
+        raise ConfigError(f"{name} is a table: himoe list {name}")
     known = names(kind) if kind else []
     if kind and (name in known or (":" in name and kind != "recipes")):
         return kind

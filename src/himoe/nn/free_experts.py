@@ -1,8 +1,8 @@
 """Experts without hidden layer, so that a token the others cannot help costs next to nothing (MoE++, arXiv 2410.07348).
 
-Beside them in a `PooledExperts` stand ordinary experts; one router chooses among all. LongCat-Flash (arXiv 2509.01322)
-uses the copy alone. MoE++'s code gives the zero expert the weight 0 before it renormalises a token's weights; here
-weights are the router's, so what the zero expert takes is missing from the others.
+Beside them in a `PooledExperts` stand ordinary experts; one router chooses among all. MoE++'s code gives the zero
+expert the weight 0 before it renormalises a token's weights; here weights are the router's, so what the zero expert
+takes is missing from the others.
 
 None of the three touches a token without kept pairs, and weights and mixing are computed in fp32 whatever the autocast.
 """
@@ -49,7 +49,9 @@ class ZeroExperts(_FreeExperts):
 
 
 class CopyExperts(_FreeExperts):
-    """E experts that give x itself: the token skips the layer, weighed (MoE++, arXiv 2410.07348; LongCat-Flash).
+    """E experts that give x itself: the token skips the layer, weighed (MoE++, 2410.07348; LongCat-Flash, 2509.01322).
+
+    LongCat-Flash has these beside ordinary experts, and neither zeros nor constants.
 
     Args:
         num_experts: E.

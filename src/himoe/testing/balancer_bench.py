@@ -1,6 +1,7 @@
 """What `check_balancer` measures with: a router around a fresh balancer, batches for it, and what the balancer did."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,6 +19,7 @@ WIDTH = 6
 
 
 MakeGate = Callable[[int, int], nn.Module]
+NO_GRADIENT = "no gradient reaches the gate: adjust_logits() must not detach"
 NOISE_LEVELS = 1000003  # a prime
 
 
@@ -63,6 +65,11 @@ class Bench:
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(count, WIDTH, generator=generator) + 0.5  # a common offset: some experts are favoured
 
+    def no_tokens(self) -> Routing:
+        """Return what `himoe.step` lets a layer observe that did not run on this rank."""
+        routing = self.router(Balancer())(self.tokens(0))
+        return replace(routing, context=replace(routing.context, gate_weight=None))
+
     def moved(self, balancer: Balancer, *batches: Tensor, mask: Tensor | None = None) -> Balancer:
         """Run one optimizer step over micro-batches."""
         router = self.router(balancer)
@@ -72,11 +79,11 @@ class Bench:
         step_balancers([balancer])
         return balancer
 
-    @staticmethod
-    def gradient(loss: Tensor, router: Router) -> Tensor:
+    def gradient(self, loss: Tensor, router: Router) -> Tensor:
         """Return the gradient of all of the gate's parameters, as one vector."""
+        self.expect(loss.requires_grad, NO_GRADIENT)
         parameters = list(router.gate.parameters())
-        grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True, retain_graph=True)
         return torch.cat([grad.flatten() for grad in grads])
 
     def expect(self, condition: bool, text: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from himoe.balance import Balancer
+from himoe.balance import Balancer, step_balancers
 from himoe.testing.balancer_bench import Bench, same, state_of
 from himoe.types import RouterContext, Routing
 
@@ -75,6 +75,30 @@ def check_sums(bench: Bench) -> None:
         balancer.step()
     kept = "step() uses what observe() kept outside accumulate(), where no other rank adds its own"
     bench.expect(same(state_of(balancer), state_of(bench.moved(bench.make())), 1e-9), kept)
+
+
+def check_no_tokens(bench: Bench) -> None:
+    """A layer that did not run on this rank observes no tokens: the same sums, for all ranks to add up, and no move."""
+    some, none = bench.make(), bench.make()
+    with torch.no_grad():
+        some.observe(bench.router(some)(bench.tokens(32)))
+        try:
+            none.observe(bench.no_tokens())
+        except Exception as error:
+            text = f"{bench.name}: observe() of no tokens fails with {type(error).__name__}: {error}"
+            raise AssertionError(text) from error
+    one, other = _sums(some), _sums(none)
+    bench.expect(one == other, f"observe() sums {other or 'nothing'} for no tokens and {one} for some: must be alike")
+    step_balancers([none])
+    unmoved = same(state_of(none), state_of(bench.moved(bench.make())), 1e-6)
+    bench.expect(unmoved, "a step that saw no tokens moved the state")
+
+
+def _sums(balancer: Balancer) -> str:
+    """Describe the sums of all parts, in the order in which ranks add them up."""
+    parts = [part for part in balancer.modules() if isinstance(part, Balancer)]
+    named = [(name, part.sums[name]) for part in parts for name in sorted(part.sums)]
+    return ", ".join(f"{name} {tuple(value.shape)} {value.dtype}" for name, value in named)
 
 
 class _Hooks:

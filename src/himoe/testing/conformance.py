@@ -5,14 +5,21 @@ Each check is a function below; together they are the contract of `himoe.balance
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from himoe.balance import Balancer, step_balancers
 from himoe.nn import Gate
-from himoe.testing.balancer_bench import Bench, MakeGate, effect_of, loss_of, same, state_of
-from himoe.testing.balancer_forward import check_causality, check_compiles, check_stays_on_device, check_sums
+from himoe.testing.balancer_bench import NO_GRADIENT, Bench, MakeGate, effect_of, loss_of, same, state_of
+from himoe.testing.balancer_forward import (
+    check_causality,
+    check_compiles,
+    check_no_tokens,
+    check_stays_on_device,
+    check_sums,
+)
 
 
 def check_forward_writes_nothing(bench: Bench) -> None:
@@ -38,6 +45,7 @@ def check_losses(bench: Bench) -> None:
         for parameter in router.gate.parameters():  # a gate of zeros, as some start, is where losses may rest
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
     routing = router(bench.tokens(20))
+    bench.expect(bool(bench.gradient(routing.scores.square().sum(), router).any()), NO_GRADIENT)
     named = router.balancer.losses(routing)
     for name, value in named.items():
         bench.expect(value.shape == () and bool(value.isfinite()), f"loss {name} is not a finite scalar: {value}")
@@ -76,6 +84,25 @@ def check_padding(bench: Bench) -> None:
     bench.expect(torch.allclose(loss, loss_p, rtol=1e-5, atol=1e-7), f"padding changed the losses: {loss} → {loss_p}")
     bench.expect(torch.allclose(grad, grad_p, rtol=1e-4, atol=1e-6), "padding changed the gate's gradient")
     bench.expect(same(state, state_p, 1e-6), "padding changed the state")
+
+
+def check_kept(bench: Bench) -> None:
+    """Losses and state follow what was selected, whichever of these pairs a dispatcher then keeps."""
+    results = []
+    for thinned in (False, True):
+        balancer = bench.moved(bench.make(), bench.tokens(32, seed=3))
+        routing = bench.router(balancer)(bench.tokens(20))
+        if thinned:
+            routing = replace(routing, kept=routing.selected & (routing.expert_ids < bench.num_experts // 2))
+        loss = loss_of(balancer, routing).detach()
+        with torch.no_grad():
+            balancer.observe(routing)
+        step_balancers([balancer])
+        results.append((loss, state_of(balancer)))
+    (loss, state), (loss_kept, state_kept) = results
+    alike = torch.allclose(loss, loss_kept, rtol=1e-5, atol=1e-7)
+    bench.expect(alike, "dropped pairs change the losses: they must follow `selected`, not `kept`")
+    bench.expect(same(state, state_kept, 1e-6), "dropped pairs change the state: it must follow `selected`, not `kept`")
 
 
 def check_step(bench: Bench) -> None:
@@ -157,8 +184,10 @@ CHECKS = (
     check_forward_writes_nothing,
     check_losses,
     check_padding,
+    check_kept,
     check_step,
     check_sums,
+    check_no_tokens,
     check_state,
     check_extremes,
     check_causality,

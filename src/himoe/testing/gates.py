@@ -106,6 +106,18 @@ def check_gradients(bench: _Bench) -> None:
                 )
 
 
+def check_every_expert(bench: _Bench) -> None:
+    """Every expert's logits have a gradient of their own, where anything of the gate is trained."""
+    gate = bench.drawn()
+    parameters = [parameter for parameter in gate.parameters() if parameter.requires_grad]
+    for expert, logits in enumerate(gate(bench.tokens()).unbind(-1) if parameters else ()):
+        grads = [None]
+        if logits.requires_grad:
+            grads = torch.autograd.grad(logits.square().sum(), parameters, retain_graph=True, allow_unused=True)
+        learned = any(grad is not None and bool((grad != 0).any()) for grad in grads)
+        bench.expect(learned, f"no gradient reaches any parameter from the logits of expert {expert}")
+
+
 def check_rows(bench: _Bench) -> None:
     """A token's logits depend on that token alone, so padding and the rest of the batch change nothing."""
     gate, x = bench.drawn(), bench.tokens()
@@ -196,6 +208,7 @@ CHECKS = (
     check_noise,
     check_precision,
     check_gradients,
+    check_every_expert,
     check_rows,
     check_reset,
     check_compiles,

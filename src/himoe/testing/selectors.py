@@ -64,8 +64,8 @@ def _choice(selection: tuple[Tensor, Tensor]) -> Tensor:
     return expert_ids.where(selected, -1)
 
 
-def _check_result(bench: _Bench, scores: Tensor, case: str, context: RouterContext | None = None) -> tuple[int, ...]:
-    """Choose once and look at shapes, dtypes, range and repetitions."""
+def _check_result(bench: _Bench, scores: Tensor, case: str, context: RouterContext | None = None) -> Tensor:
+    """Choose once, look at shapes, dtypes, range and repetitions, and return what is selected."""
     count = scores.shape[0]
     try:
         result = bench.selector(scores, context or bench.context(count))
@@ -89,17 +89,20 @@ def _check_result(bench: _Bench, scores: Tensor, case: str, context: RouterConte
     cells = torch.arange(count)[:, None] * bench.num_experts + expert_ids
     times = count_pairs(cells, selected, count * bench.num_experts)
     bench.expect(bool((times <= 1).all()), f"{case}: a token has the same expert twice")
-    return shape
+    return selected
 
 
 def check_result(bench: _Bench) -> None:
-    """Shapes, dtypes, ids in range, no expert twice, as many places whatever the number of tokens."""
+    """Shapes, dtypes, ids in range, no expert twice, as many places whatever the number of tokens, some used."""
     widths = set()
-    for count in (TOKENS, 5, 1, 0):
-        for training in (True, False):
-            case = f"{count} tokens, {'training' if training else 'eval'}"
+    for mode, training in (("training", True), ("eval", False)):
+        used = False
+        for count in (TOKENS, 5, 1, 0):
             context = bench.context(count, training=training)
-            widths.add(_check_result(bench, bench.scores(count), case, context)[1])
+            selected = _check_result(bench, bench.scores(count), f"{count} tokens, {mode}", context)
+            widths.add(selected.shape[-1])
+            used |= bool(selected.any())
+        bench.expect(used, f"{mode}: selects no expert for any token; if its options do that, check it with others")
     bench.expect(len(widths) == 1, f"the number of places changes with the tokens: {sorted(widths)}")
     _check_result(bench, bench.scores().double(), "fp64 scores")
 

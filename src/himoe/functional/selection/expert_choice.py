@@ -65,5 +65,6 @@ def wanted(
 
 expert_choice.wanted = wanted  # type: ignore[attr-defined]
 expert_choice.causal = False  # type: ignore[attr-defined]
+expert_choice.causal_reason = "whether an expert takes a token depends on later ones"  # type: ignore[attr-defined]
 expert_choice.balances_load = True  # type: ignore[attr-defined]
 expert_choice.renormalize = False  # type: ignore[attr-defined]  # probabilities as they are

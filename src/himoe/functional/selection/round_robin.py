@@ -14,7 +14,10 @@ from himoe.types import RouterContext
 
 
 def round_robin(scores: Float[Tensor, "T E"], context: RouterContext, *, k: int) -> Selection:
-    """Experts in turn, for benchmarks: even load whatever the scores; raises `ConfigError` unless 1 ≤ k ≤ E."""
+    """Experts in turn, for benchmarks: even load whatever the scores.
+
+    Raises `ConfigError` unless 1 ≤ k ≤ E.
+    """
     num_tokens, num_experts = scores.shape
     check_top_k(num_experts, k)
     if context.mask is None:

@@ -63,4 +63,5 @@ def _minus_log_sum(values: Tensor, dim: int) -> Tensor:
 
 
 sinkhorn.causal = False  # type: ignore[attr-defined]
+sinkhorn.causal_reason = "in training, scores are balanced over all tokens of the batch"  # type: ignore[attr-defined]
 sinkhorn.balances_load = True  # type: ignore[attr-defined]  # the choice of training, see above

@@ -8,6 +8,9 @@ from himoe.types import RouterContext
 
 
 def top_k(scores: Float[Tensor, "T E"], context: RouterContext, *, k: int) -> Selection:  # noqa: ARG001
-    """The k experts of highest score, best first; raises `ConfigError` unless 1 ≤ k ≤ E."""
+    """The k experts of highest score, best first.
+
+    Raises `ConfigError` unless 1 ≤ k ≤ E.
+    """
     check_top_k(scores.shape[-1], k)
     return all_selected(scores.topk(k, dim=-1).indices)

@@ -39,7 +39,7 @@ def top_k_in_best_groups(
     if not 1 <= keep <= groups.num_groups or not 1 <= k <= keep * size:
         raise ConfigError(
             f"top_k_in_best_groups: keep = {keep} of {groups.num_groups} groups must hold at least k = {k} experts, "
-            f"{size} a group"
+            f"{size} a group; in a preset the option is keep_groups"
         )
     grouped = scores.unflatten(-1, (groups.num_groups, size))
     value = grouped.topk(min(2, size), dim=-1).values.sum(-1)

@@ -3,8 +3,6 @@
 Groups may be unequal, each with a number of its own; equal contiguous groups with one number are the fast path.
 """
 
-import operator
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -33,11 +31,15 @@ def top_k_per_group(
         k: k' for all groups, or one number per group. K is their sum.
 
     Raises:
-        ConfigError: not one number per group, or more than the group has experts.
+        ConfigError: not one number per group, or one below 1 or above the group's size.
     """
     per_group = (k,) * groups.num_groups if isinstance(k, int) else k
-    if len(per_group) != groups.num_groups or any(map(operator.gt, per_group, groups.sizes)):
-        raise ConfigError(f"top_k_per_group: k = {k} must give each group at most its size, sizes {groups.sizes}")
+    if len(per_group) != groups.num_groups or not all(
+        1 <= k_g <= size for k_g, size in zip(per_group, groups.sizes, strict=False)
+    ):
+        raise ConfigError(
+            f"top_k_per_group: k = {k} must give each group a number between 1 and its size, sizes {groups.sizes}"
+        )
     if groups.is_equal and len(set(per_group)) == 1:
         size = groups.num_experts // groups.num_groups
         best = scores.unflatten(-1, (groups.num_groups, size)).topk(per_group[0], dim=-1).indices
