@@ -1,0 +1,178 @@
+"""Backend `native`: the expert MLP in C++ and OpenMP (`csrc/`), compiled on first use; fp32 and bf16 on a CPU.
+
+Without a compiler, with `HIMOE_NATIVE=0`, or where torch shows no BLAS, `loop` runs instead and `status` says why.
+bf16 is computed in fp32 products, operands widened a tile at a time, on a machine without bf16 instructions; where it
+has them torch's own bf16 products are faster, and `supports` leaves bf16 to `loop`.
+"""
+
+import ctypes
+import functools
+import os
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from himoe.functional.dispatch import SortedPairs
+from himoe.kernels import loop, native_build
+from himoe.kernels.activation import ACTIVATIONS
+
+SIZES = ("top_k", "width", "rows_up", "units", "experts", "tokens", "mode", "activation", "threads")
+NEEDS = ("need_x", "need_weights", "need_up", "need_down")
+POINTERS = (
+    *("pair_of_row", "row_of_pair", "offsets", "weights", "x", "grad", "up", "down", "hidden", "out", "y"),
+    *("unit", "d_hidden", "d_weight_of_row", "d_weights", "d_up", "d_down", "scratch"),
+)
+BLAS = ("single_gemm", "half_gemm", "set_blas_threads")
+
+
+class _Problem(ctypes.Structure):
+    """`Problem` of csrc/problem.h."""
+
+    _fields_ = [(n, ctypes.c_int64) for n in (*SIZES, *NEEDS)] + [(n, ctypes.c_void_p) for n in (*POINTERS, *BLAS)]
+
+
+class Status(NamedTuple):
+    """Whether the kernel can run, and why or why not, for people."""
+
+    available: bool
+    reason: str
+
+
+class _Kernel(NamedTuple):
+    library: ctypes.CDLL
+    path: Path
+    single_gemm: int
+    set_blas_threads: int | None
+
+
+_lock = threading.Lock()
+
+
+@functools.cache
+def _load() -> _Kernel | str:
+    """Return the kernel, or why there is none."""
+    if os.environ.get("HIMOE_NATIVE", "1") == "0":
+        return "switched off by HIMOE_NATIVE=0"
+    try:
+        single_gemm = _symbol("sgemm_")
+        if single_gemm is None:
+            return "this torch shows no sgemm_"
+        path = native_build.library_path()
+        library = ctypes.CDLL(str(path))
+    except (native_build.BuildError, OSError) as error:
+        return str(error)
+    for function in (library.himoe_scratch, library.himoe_run):
+        function.argtypes = [ctypes.POINTER(_Problem), ctypes.c_int64]
+    library.himoe_scratch.restype, library.himoe_run.restype = ctypes.c_int64, None
+    return _Kernel(library, path, single_gemm, _symbol("MKL_Set_Num_Threads_Local"))
+
+
+def _symbol(name: str) -> int | None:
+    """Return the address of a function of torch's BLAS, which libtorch_cpu holds or has loaded."""
+    folder = Path(torch.__file__).parent / "lib"
+    for library in sorted(folder.glob("libtorch_cpu.*")):
+        function = getattr(ctypes.CDLL(str(library)), name, None)
+        if function is not None:
+            return ctypes.cast(function, ctypes.c_void_p).value
+    return None
+
+
+def _kernel() -> _Kernel | str:
+    with _lock:  # or two threads would build at once
+        return _load()
+
+
+def status() -> Status:
+    """Return whether the kernel can run on this machine; the first call in a process may compile it."""
+    kernel = _kernel()
+    return Status(False, kernel) if isinstance(kernel, str) else Status(True, f"compiled, {kernel.path}")
+
+
+@torch.compiler.assume_constant_result
+def available() -> bool:
+    """Return whether the kernel can run; a constant to a compiled graph."""
+    return status().available
+
+
+@torch.compiler.assume_constant_result
+def _multiplies_bf16() -> bool:
+    """Return whether torch has fast bf16 products on this CPU."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def supports(x: Tensor) -> bool:
+    """Return whether the kernel takes this dtype and device, and can run."""
+    takes = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and not _multiplies_bf16())
+    return x.device.type == "cpu" and takes and available()
+
+
+def _run(backward: bool, weights: Tensor, rows: SortedPairs, activation: str, needs: tuple[bool, ...], **tensors):
+    """Fill a `_Problem` and run it. Tensors are contiguous; None is a null pointer."""
+    kernel = _kernel()
+    assert not isinstance(kernel, str)
+    up, down = tensors["up"], tensors["down"]
+    experts, width, units = down.shape
+    problem = _Problem(
+        top_k=weights.shape[1], width=width, rows_up=up.shape[1], units=units, experts=experts, tokens=weights.shape[0],
+        mode=0 if up.dtype == torch.float32 else 1, activation=list(ACTIVATIONS).index(activation),
+        threads=torch.get_num_threads(), single_gemm=kernel.single_gemm, set_blas_threads=kernel.set_blas_threads,
+        **dict(zip(NEEDS, needs, strict=True)),
+    )  # fmt: skip
+    tensors |= {"weights": weights.detach().float(), **rows._asdict()}
+    for name, tensor in tensors.items():
+        setattr(problem, name, None if tensor is None else tensor.data_ptr())
+    floats = kernel.library.himoe_scratch(problem, backward)
+    scratch = torch.empty(problem.threads * floats, dtype=torch.float32)
+    problem.scratch = scratch.data_ptr()
+    kernel.library.himoe_run(problem, backward)
+
+
+def forward(
+    x: Tensor, weights: Tensor, rows: SortedPairs, up_proj: Tensor, down_proj: Tensor, activation: str
+) -> tuple[Tensor, Tensor]:
+    """Return y (T, D) and the up projection's output (T·K, H), rows in expert order."""
+    if not supports(x):  # a graph exported on a machine that has the kernel
+        return loop.forward(x, weights, rows, up_proj, down_proj, activation)
+    num_pairs = rows.pair_of_row.numel()
+    y = torch.empty_like(x)
+    hidden = x.new_empty(num_pairs, up_proj.shape[1])
+    out = x.new_empty(num_pairs, x.shape[1])
+    up, down = up_proj.contiguous(), down_proj.contiguous()
+    _run(False, weights, rows, activation, (False,) * 4, x=x, up=up, down=down, hidden=hidden, out=out, y=y)
+    return y, hidden
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    hidden: Tensor,
+    rows: SortedPairs,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    activation: str,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of x, weights, up_proj and down_proj, None where not needed."""
+    if not supports(x):
+        return loop.backward(grad, x, weights, hidden, rows, up_proj, down_proj, activation, needs)
+    need_x, need_weights, need_up, need_down = needs
+    num_pairs, units = rows.pair_of_row.numel(), down_proj.shape[2]
+    up, down = up_proj.contiguous(), down_proj.contiguous()
+
+    def space(needed: bool, *shape: int, dtype: torch.dtype = x.dtype) -> Tensor | None:
+        return torch.empty(shape, dtype=dtype) if needed else None
+
+    d_x = space(need_x, *x.shape)
+    d_weights = space(need_weights, *weights.shape, dtype=torch.float32)
+    d_up, d_down = space(need_up, *up.shape), space(need_down, *down.shape)
+    _run(
+        True, weights, rows, activation, needs, x=x, grad=grad, hidden=hidden, up=up, down=down, y=d_x,
+        d_weights=d_weights, d_up=d_up, d_down=d_down, out=space(need_x, num_pairs, x.shape[1]),
+        unit=space(need_down, num_pairs, units), d_hidden=space(need_up, *hidden.shape),
+        d_weight_of_row=space(need_weights, num_pairs, dtype=torch.float32),
+    )  # fmt: skip
+    return d_x, None if d_weights is None else d_weights.to(weights.dtype), d_up, d_down
