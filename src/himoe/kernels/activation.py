@@ -38,7 +38,7 @@ def _swiglu_backward(hidden: Tensor, grad: Tensor) -> Tensor:
     d_gate, d_value = out.chunk(2, dim=-1)
     torch.mul(grad, F.silu(gate), out=d_value)
     torch.mul(grad, value, out=d_gate)
-    d_gate.copy_(torch.ops.aten.silu_backward(d_gate, gate))
+    torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
     return out
 
 

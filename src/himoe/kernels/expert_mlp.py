@@ -130,9 +130,10 @@ def _expert_mlp_backward(
     """Return the gradients that are needed, in the order x, weights, up_proj, down_proj."""
     rows = SortedPairs(pair_of_row, row_of_pair, offsets)
     need_x, need_weights, need_up, need_down = needs
-    grads = BACKENDS[backend].backward(
-        grad, x, weights, hidden, rows, up_proj, down_proj, activation, (need_x, need_weights, need_up, need_down)
-    )
+    with torch.autocast(x.device.type, enabled=False):
+        grads = BACKENDS[backend].backward(
+            grad, x, weights, hidden, rows, up_proj, down_proj, activation, (need_x, need_weights, need_up, need_down)
+        )
     return [g for g in grads if g is not None]
 
 

@@ -1,8 +1,8 @@
 """Backend `native`: the expert MLP in C++ and OpenMP (`csrc/`), compiled on first use; fp32 and bf16 on a CPU.
 
 Without a compiler, with `HIMOE_NATIVE=0`, or where torch shows no BLAS, `loop` runs instead and `status` says why.
-bf16 is computed in fp32 products, operands widened a tile at a time, on a machine without bf16 instructions; where it
-has them torch's own bf16 products are faster, and `supports` leaves bf16 to `loop`.
+On a machine without bf16 instructions bf16 operands are widened a tile at a time for fp32 products; where torch has
+fast bf16 products these are called, through a second library that is compiled with the first bf16 layer.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from himoe.functional.dispatch import SortedPairs
-from himoe.kernels import loop, native_build
+from himoe.kernels import large_pages, loop, native_build
 from himoe.kernels.activation import ACTIVATIONS
 
 SIZES = ("top_k", "width", "rows_up", "units", "experts", "tokens", "mode", "activation", "threads")
@@ -25,6 +25,7 @@ POINTERS = (
     *("pair_of_row", "row_of_pair", "offsets", "weights", "x", "grad", "up", "down", "hidden", "out", "y"),
     *("unit", "d_hidden", "d_weight_of_row", "d_weights", "d_up", "d_down", "scratch"),
 )
+MODES, HALF = {torch.float32: 0, torch.bfloat16: 1}, 2  # `Mode` of csrc/problem.h
 BLAS = ("single_gemm", "half_gemm", "set_blas_threads")
 
 
@@ -52,6 +53,16 @@ _lock = threading.Lock()
 
 
 @functools.cache
+def _half_gemm() -> int | str:
+    """Return the address of torch's bf16 product, or why there is none."""
+    try:
+        library = ctypes.CDLL(str(native_build.library_path("half_gemm", native_build.WITH_TORCH)))
+    except (native_build.BuildError, OSError) as error:
+        return str(error)
+    return ctypes.cast(library.himoe_half_gemm, ctypes.c_void_p).value or "himoe_half_gemm is missing"
+
+
+@functools.cache
 def _load() -> _Kernel | str:
     """Return the kernel, or why there is none."""
     if os.environ.get("HIMOE_NATIVE", "1") == "0":
@@ -60,7 +71,7 @@ def _load() -> _Kernel | str:
         single_gemm = _symbol("sgemm_")
         if single_gemm is None:
             return "this torch shows no sgemm_"
-        path = native_build.library_path()
+        path = native_build.library_path("expert_mlp")
         library = ctypes.CDLL(str(path))
     except (native_build.BuildError, OSError) as error:
         return str(error)
@@ -85,28 +96,34 @@ def _kernel() -> _Kernel | str:
         return _load()
 
 
-def status() -> Status:
-    """Return whether the kernel can run on this machine; the first call in a process may compile it."""
+def status(dtype: torch.dtype = torch.float32) -> Status:
+    """Return whether the kernel can run on this machine in fp32 or bf16; a process's first call may compile it."""
+    if dtype not in MODES:
+        return Status(False, f"{dtype}: only {' and '.join(str(d) for d in MODES)}")
     kernel = _kernel()
-    return Status(False, kernel) if isinstance(kernel, str) else Status(True, f"compiled, {kernel.path}")
+    if isinstance(kernel, str):
+        return Status(False, kernel)
+    if _mode(dtype) == HALF:
+        with _lock:
+            half_gemm = _half_gemm()
+        if isinstance(half_gemm, str):
+            return Status(False, half_gemm)
+    return Status(True, f"compiled, {kernel.path}")
+
+
+def _mode(dtype: torch.dtype) -> int:
+    return HALF if dtype == torch.bfloat16 and loop.multiplies_bf16() else MODES[dtype]
 
 
 @torch.compiler.assume_constant_result
-def available() -> bool:
-    """Return whether the kernel can run; a constant to a compiled graph."""
-    return status().available
-
-
-@torch.compiler.assume_constant_result
-def _multiplies_bf16() -> bool:
-    """Return whether torch has fast bf16 products on this CPU."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def available(dtype: torch.dtype = torch.float32) -> bool:
+    """Return whether the kernel can run in this dtype; a constant to a compiled graph."""
+    return status(dtype).available
 
 
 def supports(x: Tensor) -> bool:
     """Return whether the kernel takes this dtype and device, and can run."""
-    takes = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and not _multiplies_bf16())
-    return x.device.type == "cpu" and takes and available()
+    return x.device.type == "cpu" and x.dtype in MODES and available(x.dtype)
 
 
 def _run(backward: bool, weights: Tensor, rows: SortedPairs, activation: str, needs: tuple[bool, ...], **tensors):
@@ -117,11 +134,13 @@ def _run(backward: bool, weights: Tensor, rows: SortedPairs, activation: str, ne
     experts, width, units = down.shape
     problem = _Problem(
         top_k=weights.shape[1], width=width, rows_up=up.shape[1], units=units, experts=experts, tokens=weights.shape[0],
-        mode=0 if up.dtype == torch.float32 else 1, activation=list(ACTIVATIONS).index(activation),
+        mode=_mode(up.dtype), activation=list(ACTIVATIONS).index(activation),
         threads=torch.get_num_threads(), single_gemm=kernel.single_gemm, set_blas_threads=kernel.set_blas_threads,
         **dict(zip(NEEDS, needs, strict=True)),
     )  # fmt: skip
     tensors |= {"weights": weights.detach().float(), **rows._asdict()}
+    if problem.mode == HALF:
+        problem.half_gemm = _half_gemm()
     for name, tensor in tensors.items():
         setattr(problem, name, None if tensor is None else tensor.data_ptr())
     floats = kernel.library.himoe_scratch(problem, backward)
@@ -137,9 +156,9 @@ def forward(
     if not supports(x):  # a graph exported on a machine that has the kernel
         return loop.forward(x, weights, rows, up_proj, down_proj, activation)
     num_pairs = rows.pair_of_row.numel()
-    y = torch.empty_like(x)
-    hidden = x.new_empty(num_pairs, up_proj.shape[1])
-    out = x.new_empty(num_pairs, x.shape[1])
+    y = large_pages.empty(*x.shape, like=x)
+    hidden = large_pages.empty(num_pairs, up_proj.shape[1], like=x)
+    out = large_pages.empty(num_pairs, x.shape[1], like=x)
     up, down = up_proj.contiguous(), down_proj.contiguous()
     _run(False, weights, rows, activation, (False,) * 4, x=x, up=up, down=down, hidden=hidden, out=out, y=y)
     return y, hidden
@@ -163,16 +182,17 @@ def backward(
     num_pairs, units = rows.pair_of_row.numel(), down_proj.shape[2]
     up, down = up_proj.contiguous(), down_proj.contiguous()
 
-    def space(needed: bool, *shape: int, dtype: torch.dtype = x.dtype) -> Tensor | None:
-        return torch.empty(shape, dtype=dtype) if needed else None
+    def space(needed: bool, *shape: int, like: Tensor = x) -> Tensor | None:
+        return large_pages.empty(*shape, like=like) if needed else None
 
+    per_pair = weights.new_empty(0, dtype=torch.float32)
     d_x = space(need_x, *x.shape)
-    d_weights = space(need_weights, *weights.shape, dtype=torch.float32)
+    d_weights = space(need_weights, *weights.shape, like=per_pair)
     d_up, d_down = space(need_up, *up.shape), space(need_down, *down.shape)
     _run(
         True, weights, rows, activation, needs, x=x, grad=grad, hidden=hidden, up=up, down=down, y=d_x,
         d_weights=d_weights, d_up=d_up, d_down=d_down, out=space(need_x, num_pairs, x.shape[1]),
         unit=space(need_down, num_pairs, units), d_hidden=space(need_up, *hidden.shape),
-        d_weight_of_row=space(need_weights, num_pairs, dtype=torch.float32),
+        d_weight_of_row=space(need_weights, num_pairs, like=per_pair),
     )  # fmt: skip
     return d_x, None if d_weights is None else d_weights.to(weights.dtype), d_up, d_down

@@ -1,6 +1,6 @@
 """Compile the C++ kernel of backend `native` on first use, and keep the library for later processes.
 
-The source includes nothing of torch, so the compiler takes some seconds. The library is kept in
+The main source includes nothing of torch, so the compiler takes some seconds. A library is kept in
 `$XDG_CACHE_HOME/himoe` (default `~/.cache/himoe`) under a name that hashes the source, the compiler and its version,
 the flags, torch's version and the processor (`-march=native`). It is compiled beside its final name and renamed, so
 that processes which build at once leave one whole file.
@@ -20,6 +20,11 @@ import torch
 
 SOURCE = Path(__file__).with_name("csrc")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
+TORCH = Path(torch.__file__).parent
+WITH_TORCH = (  # for a source that includes torch; the libraries are those that are loaded already
+    *("-O2", "-std=c++20", "-fPIC", "-shared", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"),
+    *(f"-I{TORCH / 'include'}", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"),
+)
 logger = logging.getLogger("himoe")
 
 
@@ -36,45 +41,43 @@ def find_compiler() -> str:
     raise BuildError(f"no C++ compiler: {' and '.join(names)} not found")
 
 
-def library_path() -> Path:
-    """Return the compiled library, building it when the cache has none. Raises BuildError."""
+def library_path(name: str, flags: tuple[str, ...] = FLAGS) -> Path:
+    """Return the library compiled from `csrc/NAME.cpp`, building it when the cache has none. Raises BuildError."""
     compiler = find_compiler()
-    key = _key(compiler)
+    command = [compiler, str(SOURCE / f"{name}.cpp"), *flags]  # sources before libraries, as linkers want it
+    key = _key(command)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "himoe"
-    path = cache / f"expert_mlp-{key}.so"
+    path = cache / f"{name}-{key}.so"
     if path.exists():
         return path
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            built = _compile(compiler, Path(folder))
-            built.replace(path)
+            _compile(command, Path(folder) / path.name).replace(path)
     except OSError as error:
         raise BuildError(f"cannot write {cache}: {error.strerror or error}") from error
     return path
 
 
-def _compile(compiler: str, folder: Path) -> Path:
-    built = folder / "expert_mlp.so"
-    start = time.monotonic()
-    command = [compiler, *FLAGS, str(SOURCE / "expert_mlp.cpp"), "-o", str(built)]
+def _compile(command: list[str], built: Path) -> Path:
+    compiler, start = command[0], time.monotonic()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True, timeout=300, check=False)
     except subprocess.TimeoutExpired as error:
         raise BuildError(f"{compiler} took longer than {error.timeout:.0f} s") from error
     if done.returncode:
         lines = (done.stderr.strip() or "no message").splitlines()
         raise BuildError(f"{compiler} failed: {next((line for line in lines if 'error' in line), lines[0])}")
-    logger.info("built the native expert kernel with %s in %.1f s", compiler, time.monotonic() - start)
+    logger.info("built %s with %s in %.1f s", built.name, compiler, time.monotonic() - start)
     return built
 
 
-def _key(compiler: str) -> str:
+def _key(command: list[str]) -> str:
     try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
+        version = subprocess.run([command[0], "--version"], capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{compiler} does not run: {error}") from error
-    parts = [compiler, version, *FLAGS, torch.__version__, _processor()]
+        raise BuildError(f"{command[0]} does not run: {error}") from error
+    parts = [*command, version.stdout, torch.__version__, _processor()]
     parts += [path.read_text() for path in sorted(SOURCE.iterdir()) if path.suffix in (".cpp", ".h")]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 

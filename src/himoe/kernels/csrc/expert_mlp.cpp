@@ -13,7 +13,6 @@
 #include <thread>
 #include <vector>
 #ifdef __linux__
-#include <sys/mman.h>
 #include <unistd.h>
 #endif
 #ifdef _OPENMP
@@ -303,16 +302,6 @@ void on_threads(const Problem& p, const Body& body) {
   body(0);
 }
 
-// Large fresh memory comes in 4 KiB pages, each with a fault of its own; ask for 2 MiB ones.
-void ask_for_large_pages(void* start, Int bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr std::uintptr_t page = 1 << 21;
-  const std::uintptr_t first = (reinterpret_cast<std::uintptr_t>(start) + page - 1) / page * page;
-  const std::uintptr_t last = (reinterpret_cast<std::uintptr_t>(start) + bytes) / page * page;
-  if (start && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 template <class S, class C>
 void run(const Problem& p, bool backward) {
   const Layer<S, C> layer{p};
@@ -355,13 +344,6 @@ himoe::Int himoe_scratch(const himoe::Problem* p, himoe::Int backward) {
 
 void himoe_run(const himoe::Problem* p, himoe::Int backward) {
   using namespace himoe;
-  const Int size = p->mode == kSingle ? 4 : 2, pairs = p->tokens * p->top_k;
-  if (!backward) ask_for_large_pages(p->hidden, pairs * p->rows_up * size);
-  ask_for_large_pages(p->out, pairs * p->width * size);
-  ask_for_large_pages(p->unit, pairs * p->units * size);
-  ask_for_large_pages(p->d_hidden, pairs * p->rows_up * size);
-  ask_for_large_pages(p->d_up, p->experts * p->rows_up * p->width * size);
-  ask_for_large_pages(p->d_down, p->experts * p->width * p->units * size);
   if (p->mode == kSingle) return run<float, float>(*p, backward);
   if (p->mode == kWidened) return run<bf16, float>(*p, backward);
   run<bf16, bf16>(*p, backward);
