@@ -1,13 +1,14 @@
-"""Backend `loop`: one dense product after another over the experts, rows gathered expert by expert.
+"""Backend `loop`: one dense product after another over the experts, all else over a few experts at once.
 
-Runs everywhere in every floating dtype. On a CPU each expert's rows are gathered while they are needed, so nothing of
-size (T·K, D) is made of the input; and bf16 is widened expert by expert for fp32 products where the CPU has no bf16
-instructions, which torch's own bf16 products miss by a factor of 5 to 80. On a GPU it reads the counts back to the
-host; prefer `grouped` there.
+Runs everywhere in every floating dtype. Rows are gathered for the next experts only, so nothing of size (T·K, D) is
+made of the input, and what one batch of experts leaves in the cache its next step finds there. On a CPU without bf16
+instructions, where torch's bf16 products are 5 to 80 times slower than fp32 ones, bf16 is widened for them. On a GPU
+it reads the counts back to the host; prefer `grouped` there.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,12 +18,27 @@ from himoe.functional.dispatch import SortedPairs
 from himoe.kernels import large_pages
 from himoe.kernels.activation import ACTIVATIONS
 
+ROWS = 2048  # of a batch of experts, unless one expert alone has more
 
-def _expert_rows(offsets: Tensor) -> Iterator[slice]:
-    start = 0
-    for end in offsets.tolist():
-        yield slice(start, end)
-        start = end
+
+class _Batch(NamedTuple):
+    """Consecutive experts: which, their sorted rows, and how many each has."""
+
+    experts: slice
+    rows: slice
+    sizes: list[int]
+
+
+def _batches(offsets: Tensor) -> Iterator[_Batch]:
+    first = start = end = 0
+    sizes: list[int] = []
+    for e, next_end in enumerate(offsets.tolist()):
+        if sizes and next_end - start > ROWS:
+            yield _Batch(slice(first, e), slice(start, end), sizes)
+            first, start, sizes = e, end, []
+        sizes.append(next_end - end)
+        end = next_end
+    yield _Batch(slice(first, first + len(sizes)), slice(start, end), sizes)
 
 
 @functools.cache
@@ -35,11 +51,22 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.is_cpu and x.dtype == torch.bfloat16 and not multiplies_bf16() else x.dtype
 
 
-def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(a @ b)
+def _space(batches: list[_Batch], x: Tensor) -> Tensor:
+    """Return room for the rows of the longest batch: fresh memory costs page by page."""
+    return large_pages.empty(max(b.rows.stop - b.rows.start for b in batches), x.shape[1], like=x)
+
+
+def _gather(tokens: Tensor, ids: Tensor, space: Tensor) -> Tensor:
+    return torch.index_select(tokens, 0, ids, out=space[: ids.numel()])
+
+
+def _products(lefts: Sequence[Tensor], rights: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+    """Write left·right of every expert into out; an expert without rows gets zeros for a weight's gradient."""
+    for left, right, out in zip(lefts, rights, outs, strict=True):
+        if left.dtype == out.dtype:
+            torch.mm(left, right.to(left.dtype), out=out)
+        else:
+            out.copy_(left @ right.to(left.dtype))
 
 
 def forward(
@@ -52,11 +79,14 @@ def forward(
     weight_of_row = weights.flatten()[rows.pair_of_row, None].to(dtype)
     hidden = large_pages.empty(num_pairs, up_proj.shape[1], like=x)
     out = large_pages.empty(num_pairs, x.shape[1], like=x)
-    for here, up, down in zip(_expert_rows(rows.offsets), up_proj.unbind(), down_proj.unbind(), strict=True):
-        if here.start < here.stop:
-            _mm(x.index_select(0, token_of_row[here]).to(dtype), up.to(dtype).T, hidden[here])
-            unit = act.forward(hidden[here].to(dtype)).mul_(weight_of_row[here])
-            _mm(unit, down.to(dtype).T, out[here])
+    batches = list(_batches(rows.offsets))
+    space = _space(batches, x)
+    for experts, here, sizes in batches:
+        ups, downs = (w[experts].transpose(1, 2).unbind() for w in (up_proj, down_proj))
+        x_here = _gather(x, token_of_row[here], space).to(dtype)
+        _products(x_here.split(sizes), ups, hidden[here].split(sizes))
+        unit = act.forward(hidden[here].to(dtype)).mul_(weight_of_row[here])
+        _products(unit.split(sizes), downs, out[here].split(sizes))
     return _sum_pairs(out, rows, top_k), hidden
 
 
@@ -81,27 +111,25 @@ def backward(
     d_weight_of_row = x.new_zeros(num_pairs, dtype=dtype) if need_weights else None
     d_up = large_pages.empty(*up_proj.shape, like=up_proj) if need_up else None
     d_down = large_pages.empty(*down_proj.shape, like=down_proj) if need_down else None
-    experts = zip(_expert_rows(rows.offsets), up_proj.unbind(), down_proj.unbind(), strict=True)
-    for e, (here, up, down) in enumerate(experts):
-        if here.start == here.stop:
-            for d_projection in (d_up, d_down):
-                if d_projection is not None:
-                    d_projection[e] = 0
-            continue
+    batches = list(_batches(rows.offsets))
+    space = _space(batches, x)
+    for experts, here, sizes in batches:
         tokens, weight, hidden_here = token_of_row[here], weight_of_row[here], hidden[here].to(dtype)
-        d_y = grad.index_select(0, tokens).to(dtype)
-        d_unit = d_y @ down.to(dtype)
+        d_y = _gather(grad, tokens, space).to(dtype)
+        d_unit = d_y.new_empty(d_y.shape[0], down_proj.shape[2])
+        _products(d_y.split(sizes), down_proj[experts].unbind(), d_unit.split(sizes))
         if need_weights or need_down:
             unit = act.forward(hidden_here)
             if d_weight_of_row is not None:
                 torch.linalg.vecdot(d_unit, unit, out=d_weight_of_row[here])
             if d_down is not None:
-                _mm(d_y.T, unit.mul_(weight), d_down[e])
+                _products(d_y.T.split(sizes, 1), unit.mul_(weight).split(sizes), d_down[experts].unbind())
         d_hidden = act.backward(hidden_here, d_unit.mul_(weight))
         if d_row is not None:
-            _mm(d_hidden, up.to(dtype), d_row[here])
+            _products(d_hidden.split(sizes), up_proj[experts].unbind(), d_row[here].split(sizes))
         if d_up is not None:
-            _mm(d_hidden.T, x.index_select(0, tokens).to(dtype), d_up[e])
+            x_here = _gather(x, tokens, space).to(dtype)  # d_y is done with
+            _products(d_hidden.T.split(sizes, 1), x_here.split(sizes), d_up[experts].unbind())
     d_x = None if d_row is None else _sum_pairs(d_row, rows, top_k)
     d_weights = None
     if d_weight_of_row is not None:
