@@ -37,6 +37,7 @@ LARGE = {
     "one expert has everything": {"tokens": 1200, "num_experts": 3, "k": 1, "spread": "one", "width": 75, "units": 83},
     "half the experts have none": {"tokens": 700, "num_experts": 8, "k": 3, "spread": "few", "width": 130, "units": 70},
     "some pairs unkept": {"tokens": 900, "num_experts": 4, "k": 2, "kept": "some", "width": 33, "units": 129},
+    "many experts share the working space": {"tokens": 1500, "num_experts": 40, "k": 2, "units": 24},
     "gelu": {"tokens": 900, "num_experts": 4, "k": 2, "activation": "gelu", "width": 33, "units": 129},
     "relu": {"tokens": 900, "num_experts": 4, "k": 2, "activation": "relu", "width": 129, "units": 33},
     "relu2": {"tokens": 900, "num_experts": 4, "k": 2, "activation": "relu2", "width": 129, "units": 33},

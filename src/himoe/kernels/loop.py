@@ -18,7 +18,7 @@ from himoe.functional.dispatch import SortedPairs
 from himoe.kernels import large_pages
 from himoe.kernels.activation import ACTIVATIONS
 
-ROWS = 2048  # of a batch of experts, unless one expert alone has more
+ROWS, PART = 2048, 16  # a batch of experts has at most so many rows, and this part of all, or else one expert
 
 
 class _Batch(NamedTuple):
@@ -32,8 +32,10 @@ class _Batch(NamedTuple):
 def _batches(offsets: Tensor) -> Iterator[_Batch]:
     first = start = end = 0
     sizes: list[int] = []
-    for e, next_end in enumerate(offsets.tolist()):
-        if sizes and next_end - start > ROWS:
+    ends = offsets.tolist()
+    most = min(ROWS, ends[-1] // PART)
+    for e, next_end in enumerate(ends):
+        if sizes and next_end - start > most:
             yield _Batch(slice(first, e), slice(start, end), sizes)
             first, start, sizes = e, end, []
         sizes.append(next_end - end)

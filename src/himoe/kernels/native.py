@@ -7,6 +7,7 @@ fast bf16 products these are called, through a second library that is compiled w
 
 import ctypes
 import functools
+import itertools
 import os
 import threading
 from pathlib import Path
@@ -32,7 +33,9 @@ BLAS = ("single_gemm", "half_gemm", "set_blas_threads")
 class _Problem(ctypes.Structure):
     """`Problem` of csrc/problem.h."""
 
-    _fields_ = [(n, ctypes.c_int64) for n in (*SIZES, *NEEDS)] + [(n, ctypes.c_void_p) for n in (*POINTERS, *BLAS)]
+    _fields_ = [(n, ctypes.c_int64) for n in (*SIZES, *NEEDS, "group_rows")] + [
+        (n, ctypes.c_void_p) for n in (*POINTERS, *BLAS)
+    ]
 
 
 class Status(NamedTuple):
@@ -126,7 +129,27 @@ def supports(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in MODES and available(x.dtype)
 
 
-def _run(backward: bool, weights: Tensor, rows: SortedPairs, activation: str, needs: tuple[bool, ...], **tensors):
+def _group_rows(rows: SortedPairs) -> tuple[int, int]:
+    """Return the rows of a group of experts, and of the working space for two groups.
+
+    Backward keeps what the weight gradients need of an expert only until they are done. A group has at least the
+    largest expert, and enough rows for every thread; where two groups would be nearly all, all is one group.
+    """
+    ends = [0, *rows.offsets.tolist()]
+    largest = max(end - start for start, end in itertools.pairwise(ends))
+    group = max(largest, ends[-1] * torch.get_num_threads() // 64)
+    return (group, 2 * group) if 2 * group < ends[-1] else (ends[-1], ends[-1])
+
+
+def _run(
+    backward: bool,
+    weights: Tensor,
+    rows: SortedPairs,
+    activation: str,
+    needs: tuple[bool, ...],
+    group_rows=0,
+    **tensors,
+) -> None:
     """Fill a `_Problem` and run it. Tensors are contiguous; None is a null pointer."""
     kernel = _kernel()
     assert not isinstance(kernel, str)
@@ -138,6 +161,7 @@ def _run(backward: bool, weights: Tensor, rows: SortedPairs, activation: str, ne
         threads=torch.get_num_threads(), single_gemm=kernel.single_gemm, set_blas_threads=kernel.set_blas_threads,
         **dict(zip(NEEDS, needs, strict=True)),
     )  # fmt: skip
+    problem.group_rows = group_rows
     tensors |= {"weights": weights.detach().float(), **rows._asdict()}
     if problem.mode == HALF:
         problem.half_gemm = _half_gemm()
@@ -180,6 +204,7 @@ def backward(
         return loop.backward(grad, x, weights, hidden, rows, up_proj, down_proj, activation, needs)
     need_x, need_weights, need_up, need_down = needs
     num_pairs, units = rows.pair_of_row.numel(), down_proj.shape[2]
+    group_rows, working_rows = _group_rows(rows)
     up, down = up_proj.contiguous(), down_proj.contiguous()
 
     def space(needed: bool, *shape: int, like: Tensor = x) -> Tensor | None:
@@ -190,9 +215,9 @@ def backward(
     d_weights = space(need_weights, *weights.shape, like=per_pair)
     d_up, d_down = space(need_up, *up.shape), space(need_down, *down.shape)
     _run(
-        True, weights, rows, activation, needs, x=x, grad=grad, hidden=hidden, up=up, down=down, y=d_x,
+        True, weights, rows, activation, needs, group_rows, x=x, grad=grad, hidden=hidden, up=up, down=down, y=d_x,
         d_weights=d_weights, d_up=d_up, d_down=d_down, out=space(need_x, num_pairs, x.shape[1]),
-        unit=space(need_down, num_pairs, units), d_hidden=space(need_up, *hidden.shape),
+        unit=space(need_down, working_rows, units), d_hidden=space(need_up, working_rows, hidden.shape[1]),
         d_weight_of_row=space(need_weights, num_pairs, like=per_pair),
     )  # fmt: skip
     return d_x, None if d_weights is None else d_weights.to(weights.dtype), d_up, d_down

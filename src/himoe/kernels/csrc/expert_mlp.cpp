@@ -32,8 +32,12 @@ enum Kind { kForwardTile, kBackwardTile, kUpGrad, kDownGrad, kZeroGrad };
 struct Task {
   Kind kind;
   Int expert, row0, row1;              // sorted rows
+  Int shift = 0;                       // sorted row + shift: its row in unit and d_hidden
+  Int after = 0;                       // a backward tile waits for the gradients of all experts before this one
   Int i0 = 0, i1 = 0, j0 = 0, j1 = 0;  // block of the expert's weight gradient
 };
+
+bool is_tile(const Task& t) { return t.kind == kForwardTile || t.kind == kBackwardTile; }
 
 Int round_up(Int a, Int b) { return (a + b - 1) / b * b; }
 
@@ -142,14 +146,14 @@ struct Layer {
     const Int n = t.row1 - t.row0, D = p.width, H = p.rows_up, F = p.units;
     if (!p.need_x && !p.need_weights && !p.need_up) {  // the unit is all that down_proj's gradient needs of this expert
       for (Int r = t.row0; r < t.row1; ++r)
-        activate_row(p.activation, hidden + r * H, p.weights[p.pair_of_row[r]], unit + r * F, F);
+        activate_row(p.activation, hidden + r * H, p.weights[p.pair_of_row[r]], unit + (r + t.shift) * F, F);
       return;
     }
     C* d_y = scratch.take<C>(n * D);
     C* d_unit = scratch.take<C>(n * F);
     S* spare = scratch.take<S>(F);
     const bool own = kConverts || !d_hidden;
-    C* d_up_out = own ? scratch.take<C>(n * H) : reinterpret_cast<C*>(d_hidden + t.row0 * H);
+    C* d_up_out = own ? scratch.take<C>(n * H) : reinterpret_cast<C*>(d_hidden + (t.row0 + t.shift) * H);
     C* wide = scratch.take<C>(std::max(wide_weight(H, D), wide_weight(D, F)));
     gather(grad, t.row0, t.row1, 0, D, d_y);
     times_weight(false, n, D, F, d_y, down + t.expert * D * F, d_unit, wide);
@@ -157,10 +161,10 @@ struct Layer {
       const Int row = t.row0 + r;
       const float weight = p.weights[p.pair_of_row[row]];
       const float dot = activate_row_backward(p.activation, hidden + row * H, d_unit + r * F, weight,
-                                              unit ? unit + row * F : spare, d_up_out + r * H, F);
+                                              unit ? unit + (row + t.shift) * F : spare, d_up_out + r * H, F);
       if (p.need_weights) p.d_weight_of_row[row] = dot;
     }
-    if (own && d_hidden) convert(d_up_out, d_hidden + t.row0 * H, n * H);
+    if (own && d_hidden) convert(d_up_out, d_hidden + (t.row0 + t.shift) * H, n * H);
     if (!p.need_x) return;
     C* result = kConverts ? d_y : reinterpret_cast<C*>(out + t.row0 * D);
     times_weight(false, n, H, D, d_up_out, up + t.expert * H * D, result, wide);
@@ -189,18 +193,19 @@ struct Layer {
     S* block = static_cast<S*>(of_up ? p.d_up : p.d_down) + t.expert * p.width * (of_up ? p.rows_up : p.units) +
                t.i0 * columns + t.j0;
     constexpr bool in_place = std::is_same_v<S, float>;
-    C* left_space = scratch.take<C>(kGradRows * I);
-    C* right_space = scratch.take<C>(kGradRows * J);
+    const Int most = std::min(kGradRows, t.row1 - t.row0);
+    C* left_space = scratch.take<C>(most * I);
+    C* right_space = scratch.take<C>(most * J);
     float* sum = in_place ? nullptr : scratch.take<float>(I * J);
     C* part = std::is_same_v<C, float> ? reinterpret_cast<C*>(sum) : scratch.take<C>(I * J);
     if (in_place) part = reinterpret_cast<C*>(block);
     for (Int r = t.row0; r < t.row1; r += kGradRows) {
       const Int end = std::min(r + kGradRows, t.row1);
       Int left_ld, right_ld;
-      const C* left = of_up ? operand(d_hidden, false, p.rows_up, r, end, t.i0, t.i1, left_space, left_ld)
+      const C* left = of_up ? operand(d_hidden + t.shift * p.rows_up, false, p.rows_up, r, end, t.i0, t.i1, left_space, left_ld)
                             : operand(grad, true, p.width, r, end, t.i0, t.i1, left_space, left_ld);
       const C* right = of_up ? operand(x, true, p.width, r, end, t.j0, t.j1, right_space, right_ld)
-                             : operand(unit, false, p.units, r, end, t.j0, t.j1, right_space, right_ld);
+                             : operand(unit + t.shift * p.units, false, p.units, r, end, t.j0, t.j1, right_space, right_ld);
       gemm(p, true, false, I, J, end - r, left, left_ld, right, right_ld, r > t.row0, part, in_place ? columns : J);
       if constexpr (std::is_same_v<C, bf16>)  // such a product does not add to what is there
         for (Int k = 0; k < I * J; ++k) sum[k] = load(part + k) + (r > t.row0 ? sum[k] : 0);
@@ -238,35 +243,57 @@ struct Layer {
   }
 };
 
-void add_blocks(const Problem& p, Kind kind, Int e, Int row0, Int row1, Int n, Int m, std::vector<Task>& tasks) {
-  const Block block = gradient_block(p, n, m, row1 - row0);
-  for (Int i = 0; i < n; i += block.rows)
-    for (Int j = 0; j < m; j += block.columns)
-      tasks.push_back({kind, e, row0, row1, i, std::min(i + block.rows, n), j, std::min(j + block.columns, m)});
+void add_blocks(const Problem& p, Task task, Kind kind, Int n, Int m, std::vector<Task>& tasks) {
+  const Block block = gradient_block(p, n, m, task.row1 - task.row0);
+  task.kind = kind;
+  for (task.i0 = 0; task.i0 < n; task.i0 += block.rows)
+    for (task.j0 = 0; task.j0 < m; task.j0 += block.columns) {
+      task.i1 = std::min(task.i0 + block.rows, n), task.j1 = std::min(task.j0 + block.columns, m);
+      tasks.push_back(task);
+    }
+}
+
+// Each expert's rows, and where they stand in unit and d_hidden: groups of experts take the two halves in turn, and a
+// group's first tile waits for the group before the last.
+std::vector<Task> place_experts(const Problem& p) {
+  std::vector<Task> experts;
+  Int start = 0, group = 0, last_group = 0, half = 0;  // of the group: its first row, its first expert, the last one's
+  for (Int e = 0; e < p.experts; ++e) {
+    const Int row0 = e ? p.offsets[e - 1] : 0, row1 = p.offsets[e];
+    if (row1 - start > p.group_rows) start = row0, last_group = group, group = e, half = p.group_rows - half;
+    experts.push_back({kZeroGrad, e, row0, row1, half - start, last_group});
+  }
+  return experts;
 }
 
 // All tasks in the order in which threads take them. An expert's weight gradients come a little later than its row
 // tiles: late enough that those are done, early enough that what they wrote is still in the cache.
 std::vector<Task> list_tasks(const Problem& p, bool backward) {
   std::vector<Task> tasks;
+  const std::vector<Task> experts = place_experts(p);
   const Int most = rows_per_tile(p);
   std::vector<Int> tiles_before(p.experts + 1, 0);
-  const auto add_gradients = [&](Int e) {
-    const Int row0 = e ? p.offsets[e - 1] : 0, row1 = p.offsets[e];
-    if (row0 == row1) return tasks.push_back({kZeroGrad, e, row0, row1});
-    if (p.need_up) add_blocks(p, kUpGrad, e, row0, row1, p.rows_up, p.width, tasks);
-    if (p.need_down) add_blocks(p, kDownGrad, e, row0, row1, p.width, p.units, tasks);
+  const auto add_gradients = [&](const Task& expert) {
+    if (expert.row0 == expert.row1) return tasks.push_back(expert);
+    if (p.need_up) add_blocks(p, expert, kUpGrad, p.rows_up, p.width, tasks);
+    if (p.need_down) add_blocks(p, expert, kDownGrad, p.width, p.units, tasks);
   };
   Int next = 0;  // the first expert whose gradients are not listed
   for (Int e = 0; e < p.experts; ++e) {
-    const Int row0 = e ? p.offsets[e - 1] : 0, rows = p.offsets[e] - row0;
+    Task tile = experts[e];
+    const Int row0 = tile.row0, end = tile.row1, rows = end - row0;
     const Int tiles = (rows + most - 1) / most, each = tiles ? round_up((rows + tiles - 1) / tiles, 8) : 0;
-    for (Int r = 0; r < rows; r += each)
-      tasks.push_back({backward ? kBackwardTile : kForwardTile, e, row0 + r, row0 + std::min(r + each, rows)});
+    while (backward && next < tile.after) add_gradients(experts[next++]);
+    tile.kind = backward ? kBackwardTile : kForwardTile;
+    for (Int r = row0; r < end; r += each) {
+      tile.row0 = r, tile.row1 = std::min(r + each, end);
+      tasks.push_back(tile);
+    }
     tiles_before[e + 1] = tiles_before[e] + tiles;
-    while (backward && next < e && tiles_before[e + 1] - tiles_before[next + 1] >= p.threads) add_gradients(next++);
+    while (backward && next < e && tiles_before[e + 1] - tiles_before[next + 1] >= p.threads)
+      add_gradients(experts[next++]);
   }
-  while (backward && next < p.experts) add_gradients(next++);
+  while (backward && next < p.experts) add_gradients(experts[next++]);
   return tasks;
 }
 
@@ -278,7 +305,7 @@ Int scratch_floats(const Problem& p, const std::vector<Task>& tasks) {
     const Int I = t.i1 - t.i0, J = t.j1 - t.j0, n = t.row1 - t.row0;
     const bool block = t.kind == kUpGrad || t.kind == kDownGrad;
     if (t.kind != kZeroGrad)
-      most = std::max(most, block ? kGradRows * (I + J) + (p.mode == kSingle ? 0 : 2 * I * J) : n * (D + H + F) + F + wide);
+      most = std::max(most, block ? std::min(kGradRows, n) * (I + J) + (p.mode == kSingle ? 0 : 2 * I * J) : n * (D + H + F) + F + wide);
   }
   return round_up(most + 128, 16);  // each piece begins on a cache line
 }
@@ -307,21 +334,27 @@ void run(const Problem& p, bool backward) {
   const Layer<S, C> layer{p};
   const std::vector<Task> tasks = list_tasks(p, backward);
   const Int scratch_size = scratch_floats(p, tasks), pairs = p.tokens * p.top_k, kept = kept_rows(p);
-  std::vector<std::atomic<Int>> tiles_left(p.experts);
-  for (auto& left : tiles_left) left = 0;
-  for (const Task& t : tasks) tiles_left[t.expert] += t.kind == kBackwardTile;
-  std::atomic<Int> next_task{0}, tasks_left{Int(tasks.size())}, next_token{0};
+  std::vector<std::atomic<Int>> tiles_left(p.experts), gradients_left(p.experts);
+  for (Int e = 0; e < p.experts; ++e) tiles_left[e] = gradients_left[e] = 0;
+  for (const Task& t : tasks) (is_tile(t) ? tiles_left : gradients_left)[t.expert]++;
+  std::atomic<Int> next_task{0}, tasks_left{Int(tasks.size())}, next_token{0}, finished{0};
+  const auto wait_for = [](const std::atomic<Int>& left) {
+    while (left > 0) std::this_thread::yield();
+  };
   const auto body = [&](Int thread) {
     const int blas_threads = p.set_blas_threads ? p.set_blas_threads(1) : 0;
     const Scratch scratch{p.scratch + thread * scratch_size};
     for (Int i; (i = next_task++) < Int(tasks.size()); --tasks_left) {
       const Task& t = tasks[i];
-      if (t.kind == kUpGrad || t.kind == kDownGrad)
-        while (tiles_left[t.expert] > 0) std::this_thread::yield();
+      if (is_tile(t)) {
+        for (Int e = finished; e < t.after; finished = ++e) wait_for(gradients_left[e]);
+      } else {
+        wait_for(tiles_left[t.expert]);
+      }
       layer.run_task(t, scratch);
-      if (t.kind == kBackwardTile) --tiles_left[t.expert];
+      --(is_tile(t) ? tiles_left : gradients_left)[t.expert];
     }
-    while (tasks_left > 0) std::this_thread::yield();
+    wait_for(tasks_left);
     constexpr Int some = 32;
     for (Int t; p.y && (t = next_token.fetch_add(some)) < p.tokens;)
       for (Int token = t; token < std::min(t + some, p.tokens); ++token) layer.combine(token, scratch.at);

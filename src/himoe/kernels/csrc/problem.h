@@ -17,12 +17,13 @@ struct Problem {
   Int top_k, width, rows_up, units, experts, tokens;  // K, D, H, F, E, T
   Int mode, activation, threads;
   Int need_x, need_weights, need_up, need_down;
+  Int group_rows;  // unit and d_hidden hold two groups of experts of so many rows, or all T·K rows
   const Int *pair_of_row, *row_of_pair;  // (T·K,)
   const std::int32_t* offsets;           // (E,)
   const float* weights;                  // (T·K,)
   const void *x, *grad, *up, *down;      // (T, D), (T, D), (E, H, D), (E, D, F)
   void *hidden, *out, *y;                // (T·K, H); (T·K, D), working space; (T, D), the output or x's gradient
-  void *unit, *d_hidden;                 // (T·K, F), (T·K, H): backward's working space, null where not needed
+  void *unit, *d_hidden;                 // (·, F), (·, H): backward's working space, null where not needed
   float *d_weight_of_row, *d_weights;    // (T·K,) each
   void *d_up, *d_down;                   // as up and down, null where not needed
   float* scratch;                        // threads × himoe_scratch(problem) floats, on a cache line
