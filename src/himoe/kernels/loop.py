@@ -120,13 +120,16 @@ def backward(
         d_y = _gather(grad, tokens, space).to(dtype)
         d_unit = d_y.new_empty(d_y.shape[0], down_proj.shape[2])
         _products(d_y.split(sizes), down_proj[experts].unbind(), d_unit.split(sizes))
-        if need_weights or need_down:
+        if act.both is not None and (need_x or need_up):
+            unit, d_hidden = act.both(hidden_here, d_unit)
+            d_hidden.mul_(weight)
+        else:
             unit = act.forward(hidden_here)
-            if d_weight_of_row is not None:
-                torch.linalg.vecdot(d_unit, unit, out=d_weight_of_row[here])
-            if d_down is not None:
-                _products(d_y.T.split(sizes, 1), unit.mul_(weight).split(sizes), d_down[experts].unbind())
-        d_hidden = act.backward(hidden_here, d_unit.mul_(weight))
+            d_hidden = act.backward(hidden_here, d_unit * weight)
+        if d_weight_of_row is not None:
+            torch.linalg.vecdot(d_unit, unit, out=d_weight_of_row[here])
+        if d_down is not None:
+            _products(d_y.T.split(sizes, 1), unit.mul_(weight).split(sizes), d_down[experts].unbind())
         if d_row is not None:
             _products(d_hidden.split(sizes), up_proj[experts].unbind(), d_row[here].split(sizes))
         if d_up is not None:

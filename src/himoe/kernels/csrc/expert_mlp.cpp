@@ -52,10 +52,11 @@ struct Block {
   Int rows, columns;
 };
 
-// Blocks of an (n, m) weight gradient summed over `rows` rows. None is more than about 1/64 of the work on all experts,
-// so one huge expert keeps every thread busy; bf16 ones fit the scratch in which they are summed in fp32.
+// Blocks of an (n, m) weight gradient summed over `rows` rows. None is more than about 1/32 of the work on all experts,
+// so one huge expert keeps every thread busy; bf16 ones fit the scratch in which they are summed in fp32. The longer
+// side is cut: narrow products are slow.
 Block gradient_block(const Problem& p, Int n, Int m, Int rows) {
-  Int area = std::max<Int>(64 * 64, kept_rows(p) * n * m / (64 * std::max<Int>(rows, 1)));
+  Int area = std::max<Int>(64 * 64, kept_rows(p) * n * m / (32 * std::max<Int>(rows, 1)));
   if (p.mode != kSingle) area = std::min(area, kWidenedArea);
   while (n * m > area && std::max(n, m) > 64) {
     Int& longer = n >= m ? n : m;
