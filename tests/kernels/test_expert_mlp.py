@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from himoe.errors import ConfigError
 from himoe.functional import reference
-from himoe.kernels import BACKENDS, choose_backend, expert_mlp
+from himoe.kernels import BACKENDS, choose_backend, expert_mlp, native
 from himoe.kernels.activation import ACTIVATIONS
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2}
@@ -20,6 +20,8 @@ RUNS = [
     ("loop", torch.bfloat16),
     ("grouped", torch.float32),
     ("grouped", torch.bfloat16),
+    ("native", torch.float32),
+    ("native", torch.bfloat16),
 ]
 CASES = {
     "one token": {"tokens": 1, "kept": "all"},
@@ -78,7 +80,9 @@ def test_values_and_gradients_are_the_references(name, backend, dtype):
 )
 def test_random_shapes(data, tokens, width, units, num_experts, activation, kept, spread, seed):
     k = data.draw(st.integers(1, num_experts))
-    backend, dtype = data.draw(st.sampled_from([("loop", torch.float64), ("grouped", torch.float32)]))
+    backend, dtype = data.draw(
+        st.sampled_from([("loop", torch.float64), ("grouped", torch.float32), ("native", torch.float32)])
+    )
     scale = 4 if backend == "grouped" else 1  # rows of 16 bytes, which grouped needs
     case = make_case(
         tokens, width * scale, units * scale, num_experts, k, kept=kept, spread=spread, activation=activation, seed=seed
@@ -100,7 +104,7 @@ def test_gradcheck(activation):
     assert torch.autograd.gradcheck(function, inputs)
 
 
-@pytest.mark.parametrize(("backend", "dtype"), [("loop", torch.float64), ("grouped", torch.float32)])
+@pytest.mark.parametrize(("backend", "dtype"), [("loop", torch.float64), *RUNS[3:]])
 @pytest.mark.parametrize(
     "trained",
     [("x",), ("weights",), ("up_proj",), ("down_proj",), ("x", "weights"), ("weights", "down_proj"), NAMES[1:]],
@@ -118,7 +122,7 @@ def test_nothing_trained_builds_no_graph():
     assert not expert_mlp(*arguments, backend="loop").requires_grad
 
 
-@pytest.mark.parametrize(("backend", "dtype"), [("loop", torch.float64), ("grouped", torch.float32)])
+@pytest.mark.parametrize(("backend", "dtype"), [("loop", torch.float64), *RUNS[3:]])
 def test_strides_do_not_matter(backend, dtype):
     case = make_case(tokens=6, width=8, units=8, num_experts=4, k=2)
     expected = run(case, backend="reference", upstream=torch.ones(6, 8))
@@ -184,9 +188,16 @@ def test_relus_have_no_slope_at_zero(activation, backend):
     assert not y[2].any() and not grads["x"][2].any()
 
 
-def test_auto_on_a_cpu_is_the_loop():
-    x, _, _, _, up_proj, down_proj = make_case().arguments(torch.float32)
-    assert choose_backend("auto", x, up_proj, down_proj) == "loop"
+def test_auto_on_a_cpu_is_native_where_it_can_run_and_else_the_loop():
+    def chosen(dtype, backend="auto"):
+        x, _, _, _, up_proj, down_proj = make_case().arguments(dtype)
+        return choose_backend(backend, x, up_proj, down_proj)
+
+    able = "native" if native.available() else "loop"
+    assert chosen(torch.float32) == chosen(torch.float32, "native") == able
+    assert chosen(torch.bfloat16) == chosen(torch.bfloat16, "native") == able
+    assert chosen(torch.float64) == chosen(torch.float64, "native") == "loop"
+    assert chosen(torch.float16) == "loop"
 
 
 def test_a_second_derivative_is_refused_not_wrong():
@@ -213,7 +224,7 @@ def test_the_reference_is_the_formula():
 
 
 ERRORS = [
-    ({"backend": "triton"}, "backend = 'triton': must be auto, loop, grouped"),
+    ({"backend": "triton"}, "backend = 'triton': must be auto, loop, grouped, native"),
     ({"activation": "tanh"}, "activation = 'tanh': must be swiglu or gelu or relu or relu2"),
     ({"activation": "gelu"}, r"gelu needs x \(T, 16\) and up_proj \(5, 8, 16\)"),
     ({"x": (7, 15)}, r"x \(7, 15\), up_proj \(5, 16, 16\) and down_proj \(5, 16, 8\) do not fit"),

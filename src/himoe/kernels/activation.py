@@ -20,11 +20,13 @@ class Activation(NamedTuple):
         rows: rows of the up projection for one unit of the expert's hidden width; H = rows·F.
         forward: the up projection's output (n, H) → the activation (n, F).
         backward: (n, H) and the activation's gradient (n, F) → the gradient of the up projection's output (n, H).
+        both: the arguments of backward → what forward and backward return, where that shares work; else None.
     """
 
     rows: int
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
+    both: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
 def _swiglu(hidden: Tensor) -> Tensor:
@@ -38,8 +40,22 @@ def _swiglu_backward(hidden: Tensor, grad: Tensor) -> Tensor:
     d_gate, d_value = out.chunk(2, dim=-1)
     torch.mul(grad, F.silu(gate), out=d_value)
     torch.mul(grad, value, out=d_gate)
-    d_gate.copy_(torch.ops.aten.silu_backward(d_gate, gate))
+    torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
     return out
+
+
+def _swiglu_both(hidden: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """silu = σ·gate and silu' = silu + σ·(1 − silu), from one sigmoid, which costs as much as six products."""
+    gate, value = hidden.chunk(2, dim=-1)
+    sigmoid = torch.sigmoid(gate)
+    silu = sigmoid * gate
+    unit = silu * value
+    out = torch.empty_like(hidden)
+    d_gate, d_value = out.chunk(2, dim=-1)
+    torch.mul(grad, silu, out=d_value)
+    slope = sigmoid.addcmul_(sigmoid, silu, value=-1).add_(silu)
+    torch.mul(slope.mul_(value), grad, out=d_gate)
+    return unit, out
 
 
 def _gelu_backward(hidden: Tensor, grad: Tensor) -> Tensor:
@@ -59,7 +75,7 @@ def _relu2_backward(hidden: Tensor, grad: Tensor) -> Tensor:
 
 
 ACTIVATIONS = {
-    "swiglu": Activation(2, _swiglu, _swiglu_backward),
+    "swiglu": Activation(2, _swiglu, _swiglu_backward, _swiglu_both),
     "gelu": Activation(1, F.gelu, _gelu_backward),
     "relu": Activation(1, F.relu, _relu_backward),
     "relu2": Activation(1, _relu2, _relu2_backward),

@@ -13,10 +13,10 @@ from torch import Tensor
 from himoe.errors import ConfigError
 from himoe.functional.dispatch import SortedPairs, sort_by_expert
 from himoe.functional.precision import autocast_dtype
-from himoe.kernels import grouped, loop
+from himoe.kernels import grouped, loop, native
 from himoe.kernels.activation import ACTIVATIONS
 
-BACKENDS = {"loop": loop, "grouped": grouped}
+BACKENDS = {"loop": loop, "grouped": grouped, "native": native}
 
 
 def expert_mlp(
@@ -40,7 +40,8 @@ def expert_mlp(
         up_proj: (E, H, D), H = 2F for swiglu (gate first, then value), F for the others.
         down_proj: (E, D, F).
         activation: `swiglu`, `gelu`, `relu` or `relu2`.
-        backend: `loop`, `grouped`, or `auto`: grouped on a GPU where it can, loop elsewhere.
+        backend: `loop`, `grouped`, `native`, or `auto`: native on a CPU and grouped on a GPU where they can run, loop
+            elsewhere.
 
     Raises:
         ConfigError: an unknown backend, projections that do not fit x or the activation, or pairs that do not fit x.
@@ -56,11 +57,16 @@ def expert_mlp(
 
 
 def choose_backend(backend: str, x: Tensor, up_proj: Tensor, down_proj: Tensor) -> str:
-    """Return the backend that will run: `grouped` falls back to `loop` where grouped_mm cannot take the shapes."""
+    """Return the backend that will run: `loop` stands in where another cannot take the shapes, dtype or device."""
     if backend != "auto" and backend not in BACKENDS:
         raise ConfigError(f"backend = {backend!r}: must be auto, {', '.join(BACKENDS)}")
-    wants_grouped = backend == "grouped" or (backend == "auto" and x.device.type != "cpu")
-    return "grouped" if wants_grouped and grouped.supports(x, up_proj, down_proj) else "loop"
+    if backend == "auto":
+        backend = "native" if x.device.type == "cpu" else "grouped"
+    if backend == "native" and not native.supports(x):
+        return "loop"
+    if backend == "grouped" and not grouped.supports(x, up_proj, down_proj):
+        return "loop"
+    return backend
 
 
 def _check_shapes(x: Tensor, up_proj: Tensor, down_proj: Tensor, activation: str) -> None:
@@ -124,9 +130,10 @@ def _expert_mlp_backward(
     """Return the gradients that are needed, in the order x, weights, up_proj, down_proj."""
     rows = SortedPairs(pair_of_row, row_of_pair, offsets)
     need_x, need_weights, need_up, need_down = needs
-    grads = BACKENDS[backend].backward(
-        grad, x, weights, hidden, rows, up_proj, down_proj, activation, (need_x, need_weights, need_up, need_down)
-    )
+    with torch.autocast(x.device.type, enabled=False):
+        grads = BACKENDS[backend].backward(
+            grad, x, weights, hidden, rows, up_proj, down_proj, activation, (need_x, need_weights, need_up, need_down)
+        )
     return [g for g in grads if g is not None]
 
 

@@ -1,0 +1,223 @@
+"""Backend `native`: the expert MLP in C++ and OpenMP (`csrc/`), compiled on first use; fp32 and bf16 on a CPU.
+
+Without a compiler, with `HIMOE_NATIVE=0`, or where torch shows no BLAS, `loop` runs instead and `status` says why.
+On a machine without bf16 instructions bf16 operands are widened a tile at a time for fp32 products; where torch has
+fast bf16 products these are called, through a second library that is compiled with the first bf16 layer.
+"""
+
+import ctypes
+import functools
+import itertools
+import os
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from himoe.functional.dispatch import SortedPairs
+from himoe.kernels import large_pages, loop, native_build
+from himoe.kernels.activation import ACTIVATIONS
+
+SIZES = ("top_k", "width", "rows_up", "units", "experts", "tokens", "mode", "activation", "threads")
+NEEDS = ("need_x", "need_weights", "need_up", "need_down")
+POINTERS = (
+    *("pair_of_row", "row_of_pair", "offsets", "weights", "x", "grad", "up", "down", "hidden", "out", "y"),
+    *("unit", "d_hidden", "d_weight_of_row", "d_weights", "d_up", "d_down", "scratch"),
+)
+MODES, HALF = {torch.float32: 0, torch.bfloat16: 1}, 2  # `Mode` of csrc/problem.h
+BLAS = ("single_gemm", "half_gemm", "set_blas_threads")
+
+
+class _Problem(ctypes.Structure):
+    """`Problem` of csrc/problem.h."""
+
+    _fields_ = [(n, ctypes.c_int64) for n in (*SIZES, *NEEDS, "group_rows")] + [
+        (n, ctypes.c_void_p) for n in (*POINTERS, *BLAS)
+    ]
+
+
+class Status(NamedTuple):
+    """Whether the kernel can run, and why or why not, for people."""
+
+    available: bool
+    reason: str
+
+
+class _Kernel(NamedTuple):
+    library: ctypes.CDLL
+    path: Path
+    single_gemm: int
+    set_blas_threads: int | None
+
+
+_lock = threading.Lock()
+
+
+@functools.cache
+def _half_gemm() -> int | str:
+    """Return the address of torch's bf16 product, or why there is none."""
+    try:
+        library = ctypes.CDLL(str(native_build.library_path("half_gemm", native_build.WITH_TORCH)))
+    except (native_build.BuildError, OSError) as error:
+        return str(error)
+    return ctypes.cast(library.himoe_half_gemm, ctypes.c_void_p).value or "himoe_half_gemm is missing"
+
+
+@functools.cache
+def _load() -> _Kernel | str:
+    """Return the kernel, or why there is none."""
+    if os.environ.get("HIMOE_NATIVE", "1") == "0":
+        return "switched off by HIMOE_NATIVE=0"
+    try:
+        single_gemm = _symbol("sgemm_")
+        if single_gemm is None:
+            return "this torch shows no sgemm_"
+        path = native_build.library_path("expert_mlp")
+        library = ctypes.CDLL(str(path))
+    except (native_build.BuildError, OSError) as error:
+        return str(error)
+    for function in (library.himoe_scratch, library.himoe_run):
+        function.argtypes = [ctypes.POINTER(_Problem), ctypes.c_int64]
+    library.himoe_scratch.restype, library.himoe_run.restype = ctypes.c_int64, None
+    return _Kernel(library, path, single_gemm, _symbol("MKL_Set_Num_Threads_Local"))
+
+
+def _symbol(name: str) -> int | None:
+    """Return the address of a function of torch's BLAS, which libtorch_cpu holds or has loaded."""
+    folder = Path(torch.__file__).parent / "lib"
+    for library in sorted(folder.glob("libtorch_cpu.*")):
+        function = getattr(ctypes.CDLL(str(library)), name, None)
+        if function is not None:
+            return ctypes.cast(function, ctypes.c_void_p).value
+    return None
+
+
+def _kernel() -> _Kernel | str:
+    with _lock:  # or two threads would build at once
+        return _load()
+
+
+def status(dtype: torch.dtype = torch.float32) -> Status:
+    """Return whether the kernel can run on this machine in fp32 or bf16; a process's first call may compile it."""
+    if dtype not in MODES:
+        return Status(False, f"{dtype}: only {' and '.join(str(d) for d in MODES)}")
+    kernel = _kernel()
+    if isinstance(kernel, str):
+        return Status(False, kernel)
+    if _mode(dtype) == HALF:
+        with _lock:
+            half_gemm = _half_gemm()
+        if isinstance(half_gemm, str):
+            return Status(False, half_gemm)
+    return Status(True, f"compiled, {kernel.path}")
+
+
+def _mode(dtype: torch.dtype) -> int:
+    return HALF if dtype == torch.bfloat16 and loop.multiplies_bf16() else MODES[dtype]
+
+
+@torch.compiler.assume_constant_result
+def available(dtype: torch.dtype = torch.float32) -> bool:
+    """Return whether the kernel can run in this dtype; a constant to a compiled graph."""
+    return status(dtype).available
+
+
+def supports(x: Tensor) -> bool:
+    """Return whether the kernel takes this dtype and device, and can run."""
+    return x.device.type == "cpu" and x.dtype in MODES and available(x.dtype)
+
+
+def _group_rows(rows: SortedPairs) -> tuple[int, int]:
+    """Return the rows of a group of experts, and of the working space for two groups.
+
+    Backward keeps what the weight gradients need of an expert only until they are done. A group has at least the
+    largest expert, and enough rows for every thread; where two groups would be nearly all, all is one group.
+    """
+    ends = [0, *rows.offsets.tolist()]
+    largest = max(end - start for start, end in itertools.pairwise(ends))
+    group = max(largest, ends[-1] * torch.get_num_threads() // 64)
+    return (group, 2 * group) if 2 * group < ends[-1] else (ends[-1], ends[-1])
+
+
+def _run(
+    backward: bool,
+    weights: Tensor,
+    rows: SortedPairs,
+    activation: str,
+    needs: tuple[bool, ...],
+    group_rows=0,
+    **tensors,
+) -> None:
+    """Fill a `_Problem` and run it. Tensors are contiguous; None is a null pointer."""
+    kernel = _kernel()
+    assert not isinstance(kernel, str)
+    up, down = tensors["up"], tensors["down"]
+    experts, width, units = down.shape
+    problem = _Problem(
+        top_k=weights.shape[1], width=width, rows_up=up.shape[1], units=units, experts=experts, tokens=weights.shape[0],
+        mode=_mode(up.dtype), activation=list(ACTIVATIONS).index(activation),
+        threads=torch.get_num_threads(), single_gemm=kernel.single_gemm, set_blas_threads=kernel.set_blas_threads,
+        **dict(zip(NEEDS, needs, strict=True)),
+    )  # fmt: skip
+    problem.group_rows = group_rows
+    tensors |= {"weights": weights.detach().float(), **rows._asdict()}
+    if problem.mode == HALF:
+        problem.half_gemm = _half_gemm()
+    for name, tensor in tensors.items():
+        setattr(problem, name, None if tensor is None else tensor.data_ptr())
+    floats = kernel.library.himoe_scratch(problem, backward)
+    scratch = torch.empty(problem.threads * floats, dtype=torch.float32)
+    problem.scratch = scratch.data_ptr()
+    kernel.library.himoe_run(problem, backward)
+
+
+def forward(
+    x: Tensor, weights: Tensor, rows: SortedPairs, up_proj: Tensor, down_proj: Tensor, activation: str
+) -> tuple[Tensor, Tensor]:
+    """Return y (T, D) and the up projection's output (T·K, H), rows in expert order."""
+    if not supports(x):  # a graph exported on a machine that has the kernel
+        return loop.forward(x, weights, rows, up_proj, down_proj, activation)
+    num_pairs = rows.pair_of_row.numel()
+    y = large_pages.empty(*x.shape, like=x)
+    hidden = large_pages.empty(num_pairs, up_proj.shape[1], like=x)
+    out = large_pages.empty(num_pairs, x.shape[1], like=x)
+    up, down = up_proj.contiguous(), down_proj.contiguous()
+    _run(False, weights, rows, activation, (False,) * 4, x=x, up=up, down=down, hidden=hidden, out=out, y=y)
+    return y, hidden
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    hidden: Tensor,
+    rows: SortedPairs,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    activation: str,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of x, weights, up_proj and down_proj, None where not needed."""
+    if not supports(x):
+        return loop.backward(grad, x, weights, hidden, rows, up_proj, down_proj, activation, needs)
+    need_x, need_weights, need_up, need_down = needs
+    num_pairs, units = rows.pair_of_row.numel(), down_proj.shape[2]
+    group_rows, working_rows = _group_rows(rows)
+    up, down = up_proj.contiguous(), down_proj.contiguous()
+
+    def space(needed: bool, *shape: int, like: Tensor = x) -> Tensor | None:
+        return large_pages.empty(*shape, like=like) if needed else None
+
+    per_pair = weights.new_empty(0, dtype=torch.float32)
+    d_x = space(need_x, *x.shape)
+    d_weights = space(need_weights, *weights.shape, like=per_pair)
+    d_up, d_down = space(need_up, *up.shape), space(need_down, *down.shape)
+    _run(
+        True, weights, rows, activation, needs, group_rows, x=x, grad=grad, hidden=hidden, up=up, down=down, y=d_x,
+        d_weights=d_weights, d_up=d_up, d_down=d_down, out=space(need_x, num_pairs, x.shape[1]),
+        unit=space(need_down, working_rows, units), d_hidden=space(need_up, working_rows, hidden.shape[1]),
+        d_weight_of_row=space(need_weights, num_pairs, like=per_pair),
+    )  # fmt: skip
+    return d_x, None if d_weights is None else d_weights.to(weights.dtype), d_up, d_down

@@ -1,0 +1,92 @@
+"""Compile the C++ kernel of backend `native` on first use, and keep the library for later processes.
+
+The main source includes nothing of torch, so the compiler takes some seconds. A library is kept in
+`$XDG_CACHE_HOME/himoe` (default `~/.cache/himoe`) under a name that hashes the source, the compiler and its version,
+the flags, torch's version and the processor (`-march=native`). It is compiled beside its final name and renamed, so
+that processes which build at once leave one whole file.
+"""
+
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("csrc")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
+TORCH = Path(torch.__file__).parent
+WITH_TORCH = (  # for a source that includes torch; the libraries are those that are loaded already
+    *("-O2", "-std=c++20", "-fPIC", "-shared", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"),
+    *(f"-I{TORCH / 'include'}", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"),
+)
+logger = logging.getLogger("himoe")
+
+
+class BuildError(Exception):
+    """Why there is no library; the fallback keeps the text."""
+
+
+def find_compiler() -> str:
+    """Return the path of `$CXX`, or of the first of c++, g++ and clang++ on the path."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for name in names:
+        if found := shutil.which(name):
+            return found
+    raise BuildError(f"no C++ compiler: {' and '.join(names)} not found")
+
+
+def library_path(name: str, flags: tuple[str, ...] = FLAGS) -> Path:
+    """Return the library compiled from `csrc/NAME.cpp`, building it when the cache has none. Raises BuildError."""
+    compiler = find_compiler()
+    command = [compiler, str(SOURCE / f"{name}.cpp"), *flags]  # sources before libraries, as linkers want it
+    key = _key(command)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "himoe"
+    path = cache / f"{name}-{key}.so"
+    if path.exists():
+        return path
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            _compile(command, Path(folder) / path.name).replace(path)
+    except OSError as error:
+        raise BuildError(f"cannot write {cache}: {error.strerror or error}") from error
+    return path
+
+
+def _compile(command: list[str], built: Path) -> Path:
+    compiler, start = command[0], time.monotonic()
+    try:
+        done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True, timeout=300, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise BuildError(f"{compiler} took longer than {error.timeout:.0f} s") from error
+    if done.returncode:
+        lines = (done.stderr.strip() or "no message").splitlines()
+        raise BuildError(f"{compiler} failed: {next((line for line in lines if 'error' in line), lines[0])}")
+    logger.info("built %s with %s in %.1f s", built.name, compiler, time.monotonic() - start)
+    return built
+
+
+def _key(command: list[str]) -> str:
+    try:
+        version = subprocess.run([command[0], "--version"], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{command[0]} does not run: {error}") from error
+    parts = [*command, version.stdout, torch.__version__, _processor()]
+    parts += [path.read_text() for path in sorted(SOURCE.iterdir()) if path.suffix in (".cpp", ".h")]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """Name the instruction set: a home folder may be shared by machines that differ in it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
