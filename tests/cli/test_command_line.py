@@ -13,6 +13,7 @@ import torch
 
 import himoe
 from himoe.cli import VERBS, main
+from himoe.cli.bench import BENCH_VERBS
 from himoe.errors import HimoeWarning
 
 WITHOUT_TORCH = """
@@ -26,6 +27,7 @@ for arguments, code in [
     (["--help"], 0), (["train", "--help"], 0), (["list"], 0), (["list", "presets"], 0), (["--version"], 0),
     (["help", "eval"], 0),
     (["train", "--set", "moe.top_k=99"], 2), (["eval", "nowhere"], 2), (["trian"], 2), (["list", "lm_tiny"], 0),
+    (["bench", "--help"], 0), (["bench", "layer", "--help"], 0), (["bench", "layer", "--shape", "e65"], 2),
     (["list", "two_levl"], 2), (["check", "causality", "nowhere"], 2),
 ]:
     assert main(arguments) == code, arguments
@@ -64,10 +66,10 @@ def test_help_of_a_verb_can_be_asked_for_either_way(capsys, words):
     assert capsys.readouterr().out == usual
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", [*VERBS, *(f"bench {verb}" for verb in BENCH_VERBS)])
 def test_help_of_a_verb_has_worked_examples_and_fits_80_columns(capsys, monkeypatch, verb):
     monkeypatch.setenv("COLUMNS", "80")
-    assert main([verb, "--help"]) == 0
+    assert main([*verb.split(), "--help"]) == 0
     text = capsys.readouterr().out
     assert text.count(f"\n  himoe {verb}") >= 2
     assert "None" not in text
