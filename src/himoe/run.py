@@ -22,7 +22,7 @@ from himoe.report import write_report
 from himoe.train.alarms import diverged_in_evaluation
 from himoe.train.best import Best
 from himoe.train.checkpoint import newest_whole
-from himoe.train.environment import describe_data, describe_environment, new_id, now
+from himoe.train.environment import describe_data, describe_environment, kernels, new_id, now
 from himoe.train.fit import fit
 from himoe.train.journal import Journal, describe_evaluation
 from himoe.train.loop import DivergedError, Trainer
@@ -119,6 +119,9 @@ class _Run:
         _say(self.console, f"resuming {self.out} at step {state['step']}")
         if state["threads"] != (threads := torch.get_num_threads()):
             _say(self.console, f"{state['threads']} threads until now, {threads} from here: rounding may differ")
+        if state["kernels"] != (used := kernels(self.trainer.model)):
+            before, now_ = (", ".join(names) or "none" for names in (state["kernels"], used))
+            _say(self.console, f"expert kernels were {before}, are {now_} from here: rounding may differ")
         if state["config"]["data"]["eval_tokens"] == self.config.data.eval_tokens:
             self.best = Best.of(state.get("best"))
         else:
@@ -134,6 +137,7 @@ class _Run:
         return {
             "id": run_id,
             **describe_environment(command),
+            "kernels": kernels(self.trainer.model),
             "data": describe_data(self.corpus),
             **({"init_from": self.start.record()} if self.start else {}),
             "parameters": asdict(parameter_counts(self.trainer.model)),

@@ -15,6 +15,7 @@ from run_case import SHORT, config, lines, read, train, weights
 from himoe import run
 from himoe.config import load_config
 from himoe.errors import MissingExtraError, RunFolderError
+from himoe.kernels import BACKENDS
 from himoe.train.alarms import Alarm
 
 PAGE = Path(__file__).parents[2] / "docs" / "run-folder.md"
@@ -27,6 +28,7 @@ def test_the_folder_holds_what_its_page_says(finished, text):
     assert load_config(out / "config.json") == config(text)
     env = read(out / "env.json")
     assert env["command"] == ["himoe", "train"] and env["threads"] == 1
+    assert len(env["kernels"]) == 1 and env["kernels"][0] in BACKENDS
     assert set(env["data"]["domains"]) == set(env["baselines"]) == {"verse", "prose"}
     assert env["parameters"]["total"] > env["parameters"]["active"] > 0
     assert read(out / "summary.json") == summary

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from himoe.errors import ConfigError
-from himoe.kernels import expert_mlp
+from himoe.kernels import choose_backend, expert_mlp
 from himoe.kernels.activation import ACTIVATIONS
 
 
@@ -34,6 +34,12 @@ class _Experts(nn.Module):
         """Draw both weights normal with standard deviation 1/√(inputs)."""
         nn.init.normal_(self.get_parameter(self.up_proj_name), std=1 / math.sqrt(self.dim))
         nn.init.normal_(self.down_proj, std=1 / math.sqrt(self.hidden_dim))
+
+    @property
+    def kernel(self) -> str:
+        """The kernel that runs on this machine for weights as they are, which is what `auto` stands for."""
+        x = self.down_proj.new_empty(0, self.dim)
+        return choose_backend(self.backend, x, self.get_parameter(self.up_proj_name), self.down_proj)
 
     def forward(
         self,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import himoe
 from himoe.data import Corpus
@@ -30,6 +31,12 @@ def describe_environment(command: list[str] | None) -> dict[str, Any]:
         "device": _device_name(),
         "git_commit": _git_commit(),
     }
+
+
+def kernels(model: nn.Module) -> list[str]:
+    """Return the names of the kernels that the experts of a model run on, in alphabetical order."""
+    found = (getattr(module, "kernel", None) for module in model.modules())
+    return sorted({name for name in found if isinstance(name, str)})
 
 
 def describe_data(corpus: Corpus) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from himoe.errors import CheckpointError
 from himoe.run_folder import LOGS, truncate_log
 from himoe.train.best import Best
 from himoe.train.checkpoint import load_checkpoint, load_model_tensors, model_tensors, save_checkpoint
+from himoe.train.environment import kernels
 from himoe.train.loop import Trainer
 from himoe.train.schedule import schedule_of
 
@@ -62,6 +63,7 @@ STATE = {
     "seconds": int | float,
     "step_seconds": int | float,
     "threads": int,
+    "kernels": list,
     "config": Mapping,
     "data_hash": str,
 }
@@ -92,6 +94,7 @@ def save(
             "seconds": seconds,
             "step_seconds": trainer.step_seconds,
             "threads": torch.get_num_threads(),
+            "kernels": kernels(trainer.model),
             "best": best.record(),
             "config": config,
             "data_hash": data_hash,
