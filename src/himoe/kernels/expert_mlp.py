@@ -13,10 +13,10 @@ from torch import Tensor
 from himoe.errors import ConfigError
 from himoe.functional.dispatch import SortedPairs, sort_by_expert
 from himoe.functional.precision import autocast_dtype
-from himoe.kernels import grouped, loop
+from himoe.kernels import grouped, loop, triton
 from himoe.kernels.activation import ACTIVATIONS
 
-BACKENDS = {"loop": loop, "grouped": grouped}
+BACKENDS = {"loop": loop, "grouped": grouped, "triton": triton}
 
 
 def expert_mlp(
@@ -40,7 +40,8 @@ def expert_mlp(
         up_proj: (E, H, D), H = 2F for swiglu (gate first, then value), F for the others.
         down_proj: (E, D, F).
         activation: `swiglu`, `gelu`, `relu` or `relu2`.
-        backend: `loop`, `grouped`, or `auto`: grouped on a GPU where it can, loop elsewhere.
+        backend: `loop`, `grouped`, `triton`, or `auto`: grouped on a GPU where it can, loop elsewhere. `triton` has not
+            been measured against grouped on a GPU, so it is chosen only where it is asked for.
 
     Raises:
         ConfigError: an unknown backend, projections that do not fit x or the activation, or pairs that do not fit x.
@@ -56,11 +57,11 @@ def expert_mlp(
 
 
 def choose_backend(backend: str, x: Tensor, up_proj: Tensor, down_proj: Tensor) -> str:
-    """Return the backend that will run: `grouped` falls back to `loop` where grouped_mm cannot take the shapes."""
+    """Return the backend that will run: `loop` where the wanted one cannot take the dtype, the shapes or the device."""
     if backend != "auto" and backend not in BACKENDS:
         raise ConfigError(f"backend = {backend!r}: must be auto, {', '.join(BACKENDS)}")
-    wants_grouped = backend == "grouped" or (backend == "auto" and x.device.type != "cpu")
-    return "grouped" if wants_grouped and grouped.supports(x, up_proj, down_proj) else "loop"
+    wanted = ("loop" if x.device.type == "cpu" else "grouped") if backend == "auto" else backend
+    return wanted if wanted == "loop" or BACKENDS[wanted].supports(x, up_proj, down_proj) else "loop"
 
 
 def _check_shapes(x: Tensor, up_proj: Tensor, down_proj: Tensor, activation: str) -> None:
