@@ -93,6 +93,7 @@ class PerGroup(Balancer):
             kept=routing.kept & inside,
             context=context,
             step_counts=None if routing.step_counts is None else routing.step_counts[columns],
+            counts=None if routing.counts is None else routing.counts[columns],
         )
 
     def _given(self, values: Tensor, context: RouterContext, group: int) -> tuple[Tensor, RouterContext]:

@@ -9,11 +9,12 @@ on the meta device in every dtype.
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from himoe.errors import ConfigError
 from himoe.functional.dispatch import SortedPairs, sort_by_expert
 from himoe.functional.precision import autocast_dtype
-from himoe.kernels import grouped, loop, triton
+from himoe.kernels import flops, grouped, loop, triton
 from himoe.kernels.activation import ACTIVATIONS
 
 BACKENDS = {"loop": loop, "grouped": grouped, "triton": triton}
@@ -158,3 +159,5 @@ def _backward(ctx, grad: Tensor | None, _grad_hidden: Tensor | None):
 
 
 _expert_mlp.register_autograd(_backward, setup_context=_setup_context)
+register_flop_formula(torch.ops.himoe.expert_mlp)(flops.forward)
+register_flop_formula(torch.ops.himoe.expert_mlp_backward)(flops.backward)

@@ -3,8 +3,9 @@
     hidden, unit = act(x[token] · upᵀ)·weight         gather in the prologue, activation and weight in the epilogue
     y = Σ_k (unit · downᵀ)[row of pair k]             the sum reads rows in the pairs' order: no atomics, repeatable
 
-Backward has one kernel for the gradient of hidden, with the activation's backward and the row sums that are the gradient
-of the routing weights in its epilogue, and two products: rows by weights, and rows by rows for the weights' gradients.
+Backward has one kernel for the gradient of hidden, with the activation's backward and the row sums that are the
+gradient of the routing weights in its epilogue, and two products: rows by weights, and rows by rows for the weights'
+gradients.
 Tiles of rows never cross experts; which expert a tile belongs to is worked out on the device, and grids have room for
 the largest possible number of tiles, so the host never waits for a count. Rows of unkept pairs are never read.
 

@@ -2,8 +2,8 @@
 
 A shape class is (product, D, F, rows per expert rounded up to 32, 64, 128 …, dtype, compute capability). Nothing is
 searched when a layer runs; `python -m himoe.kernels.triton.tune` searches on a GPU and writes the table.
-`tuned.json` is empty until somebody has measured: the defaults below are reasoned from shared memory (163 KiB a block on
-capability 8.0, 227 KiB on 9.0) and registers, not timed.
+`tuned.json` is empty until somebody has measured: the defaults below are reasoned from shared memory (163 KiB a block
+on capability 8.0, 227 KiB on 9.0) and registers, not timed.
 """
 
 import json
@@ -41,15 +41,22 @@ class ShapeClass(NamedTuple):
 
     def key(self, product: str) -> str:
         """Return the class as a key of the table."""
-        return f"{product} D{self.dim} F{self.hidden_dim} rows{self.rows} {self.dtype} sm{''.join(map(str, self.capability))}"
+        chip = "sm" + "".join(map(str, self.capability))
+        return f"{product} D{self.dim} F{self.hidden_dim} rows{self.rows} {self.dtype} {chip}"
 
 
-def shape_class(dim: int, hidden_dim: int, pairs: int, num_experts: int, dtype: torch.dtype, device: torch.device):
+def shape_class(
+    dim: int, hidden_dim: int, pairs: int, num_experts: int, dtype: torch.dtype, device: torch.device
+) -> ShapeClass:
     """Return the class of a call; `pairs` counts kept and unkept ones, since the host knows no other number."""
     mean = -(-pairs // num_experts)
     rows = min(max(32, 1 << (mean - 1).bit_length() if mean else 0), 4096)
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else INTERPRETER
-    return ShapeClass(dim, hidden_dim, rows, str(dtype).removeprefix("torch."), capability)
+    return ShapeClass(dim, hidden_dim, rows, str(dtype).removeprefix("torch."), capability(device))
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Return the device's compute capability."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else INTERPRETER
 
 
 @cache
@@ -66,12 +73,13 @@ def choose(product: str, shape: ShapeClass) -> Blocks:
 def default(product: str, shape: ShapeClass) -> Blocks:
     """Return block sizes that fit: about 96 KiB of tiles in flight in 16-bit dtypes, small ones in fp32."""
     if shape.capability == INTERPRETER:
-        return Blocks(16, 16, 16, 2, 4, 1)
+        return Blocks(16, 16, 32, 2, 4, 1)
     hopper, full = shape.capability[0] >= 9, shape.dtype == "float32"
     if full:  # exact fp32 products run without tensor cores and keep both operands in registers
         return Blocks(32, 64, 32, 8, 4, 2)
     if product == "weight_gradient":  # rows are summed over here, so few of them want short steps
-        return Blocks(128, 128, 32 if shape.rows <= 32 else 64, 8, 8, 4 if hopper else 3)
+        # The gathered side is loaded through the pairs' numbers, and stages are shared among both loads.
+        return Blocks(128, 128, 32 if shape.rows <= 32 else 64, 8, 8, 6 if hopper else 4)
     rows = min(max(shape.rows, 32), 128)
     columns = 64 if product == "up" and rows == 128 else 128  # `up` adds two tiles at once for swiglu
     return Blocks(rows, columns, 64, 8, 8 if rows == 128 else 4, 4 if hopper else 3)

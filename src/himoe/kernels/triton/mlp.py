@@ -26,7 +26,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, blocks: Blocks |
         constants |= blocks._asdict()
     device = arguments[0].device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*arguments, **constants)
+        kernel[grid](*arguments, enable_fp_fusion=True, **constants)
 
 
 class Pairs:
@@ -71,7 +71,7 @@ class Pairs:
 
 def up_product(x: Tensor, weights: Tensor, up: Tensor, pairs: Pairs, activation: str, blocks: Blocks):
     """Return hidden (T·K, H) and act(hidden)·weight (T·K, F)."""
-    (num_experts, height, dim), units = up.shape, up.shape[1] // ACTIVATIONS[activation].rows
+    (_, height, dim), units = up.shape, up.shape[1] // ACTIVATIONS[activation].rows
     hidden, unit = x.new_empty(pairs.num_pairs, height), x.new_empty(pairs.num_pairs, units)
     tiles = pairs.tiles(blocks.M)
     launch(
@@ -142,7 +142,7 @@ def hidden_gradient(
 
 
 def weight_gradient(a: Tensor, b: Tensor, like: Tensor, pairs: Pairs, blocks: Blocks, gathered: str) -> Tensor:
-    """Return Σ aᵀb over every expert's rows, in the shape and layout of `like`; `gathered`, a or b, has one row a token."""
+    """Return Σ aᵀb over every expert's rows, shaped and laid out as `like`; `gathered`, a or b, has one row a token."""
     _, height, width = like.shape
     out = torch.empty_like(like)
     launch(

@@ -1,4 +1,5 @@
 """What the kernels share: activations and their derivatives, tiles of rows, loads that may reach past an edge."""
+# type: ignore  # the bodies are Triton's language
 
 import triton
 import triton.language as tl
@@ -85,7 +86,7 @@ def tile_map(offsets, tiles, num_experts, num_tiles, BLOCK_M: tl.constexpr, EXPE
 
 @triton.jit
 def combine(values, row_of_pair, offsets, out, width, num_experts, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the sum of each token's K rows, in fp32 and in the order of its choices; rows of unkept pairs are not read."""
+    """Write the sum of each token's K rows, in fp32, in the order of its choices; unkept pairs' are not read."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     kept_rows = tl.load(offsets + num_experts - 1)

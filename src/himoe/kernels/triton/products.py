@@ -3,6 +3,7 @@
 A program of the first three has one tile of rows, all of one expert, and one block of columns. Rows past the expert's
 last one are replaced by it in loads and are not stored. Offsets of rows and experts are 64 bits wide.
 """
+# type: ignore  # the bodies are Triton's language
 
 import triton
 import triton.language as tl
@@ -89,7 +90,7 @@ def hidden_gradient(
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, CHECK_D: tl.constexpr, CHECK_F: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of hidden, the weighted activation once more, and one share of d_weight per block of columns."""
+    """Write the gradient of hidden, the weighted activation again, and d_weight's share of the columns."""
     tile, block = tile_and_column(tl.program_id(0), num_tiles, tl.cdiv(F, N), GROUP)
     expert = tl.load(tiles + 2 * tile).to(tl.int64)
     if expert < 0:
@@ -103,7 +104,7 @@ def hidden_gradient(
     of_grad = grad + (pair // K * D)[:, None] + d[None, :]
     of_down = down + expert * stride_e + d.to(tl.int64)[:, None] * stride_d + column.to(tl.int64)[None, :] * stride_f
     d_unit = tl.zeros((M, N), tl.float32)
-    for done in range(0, D, STEP):
+    for done in range(0, D if NEED_HIDDEN or NEED_WEIGHTS else 0, STEP):
         rest = d < D - done
         left = load(of_grad, exists, rest, False, CHECK_D)
         d_unit = dot(left, load(of_down, rest, fits, CHECK_D, CHECK_F), d_unit, PRECISION)
