@@ -79,8 +79,8 @@ def _fused_route(
 @_fused_route.register_fake
 def _(logits: Tensor, _bias: Tensor | None, _mask: Tensor | None, _score: str, places: int, _groups: int):
     tokens, num_experts = logits.shape
-    whole = {"dtype": torch.int64}
-    return torch.empty_like(logits), logits.new_empty(tokens, places, **whole), logits.new_empty(num_experts, **whole)
+    expert_ids = logits.new_empty(tokens, places, dtype=torch.int64)
+    return torch.empty_like(logits), expert_ids, logits.new_empty(num_experts, dtype=torch.int64)
 
 
 def _setup_context(ctx, inputs, output) -> None:

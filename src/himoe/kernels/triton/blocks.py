@@ -20,7 +20,7 @@ INTERPRETER = (0, 0)
 
 
 class Blocks(NamedTuple):
-    """Sizes of one program: M rows of a tile, N columns, STEP of the summed dimension, GROUP tiles that share columns."""
+    """Sizes of a program: M rows of a tile, N columns, STEP of the summed dimension, GROUP tiles that share columns."""
 
     M: int
     N: int

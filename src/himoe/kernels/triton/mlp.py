@@ -1,4 +1,4 @@
-"""The expert MLP out of kernels: which ones run, on what, in which order. Nothing here reads a number from the device."""
+"""The expert MLP out of kernels: which run, on what, in which order. Nothing here reads a number from the device."""
 
 from contextlib import nullcontext
 from typing import Any

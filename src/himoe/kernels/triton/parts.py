@@ -1,5 +1,5 @@
+# type: ignore  # kernels are written in the language of Triton, which pyright takes for Python
 """What the kernels share: activations and their derivatives, tiles of rows, loads that may reach past an edge."""
-# type: ignore  # the bodies are Triton's language
 
 import triton
 import triton.language as tl

@@ -1,9 +1,9 @@
+# type: ignore  # kernels are written in the language of Triton, which pyright takes for Python
 """The grouped products: up with the activation, rows by weights, the gradient of hidden, rows by rows.
 
 A program of the first three has one tile of rows, all of one expert, and one block of columns. Rows past the expert's
 last one are replaced by it in loads and are not stored. Offsets of rows and experts are 64 bits wide.
 """
-# type: ignore  # the bodies are Triton's language
 
 import triton
 import triton.language as tl

@@ -1,5 +1,5 @@
+# type: ignore  # kernels are written in the language of Triton, which pyright takes for Python
 """The fused router's kernel: score, choose and count in one pass; a program has a few tokens with all E experts."""
-# type: ignore  # the body is Triton's language
 
 import torch
 import triton
