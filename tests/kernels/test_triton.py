@@ -6,7 +6,8 @@ import triton_here
 from expert_case import NAMES, assert_equal, make_case, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_expert_mlp import CASES, poisoned_memory
+from test_expert_mlp import CASES
+from triton_here import poisoned_memory
 
 from himoe.functional.dispatch import sort_by_expert
 from himoe.kernels import choose_backend, expert_mlp

@@ -46,9 +46,9 @@ def fused_plan(score: Callable[..., Any], selector: Callable[..., Any], logits: 
         and groups.is_equal
         and groups.num_experts == num_experts
     ):
-        per_group = {k} if isinstance(k, int) else set(k)
-        if len(per_group) == 1 and 1 <= (k := per_group.pop()) <= num_experts // groups.num_groups:
-            return Plan(SCORES[score], k * groups.num_groups, groups.num_groups)
+        of_group = (k,) * groups.num_groups if isinstance(k, int) else tuple(k or ())
+        if of_group == of_group[:1] * groups.num_groups and 1 <= of_group[0] <= num_experts // groups.num_groups:
+            return Plan(SCORES[score], sum(of_group), groups.num_groups)
     return None
 
 

@@ -60,7 +60,7 @@ class SwiGLUExperts(_Experts):
         num_experts: E.
         dim: D.
         hidden_dim: F.
-        backend: of the kernel, `auto`, `loop` or `grouped`.
+        backend: of the kernel, see `expert_mlp`.
 
     Parameters: `gate_up_proj` (E, 2F, D), gate rows first; `down_proj` (E, D, F).
     """
@@ -75,7 +75,7 @@ class GELUExperts(_Experts):
         num_experts: E.
         dim: D.
         hidden_dim: F.
-        backend: of the kernel, `auto`, `loop` or `grouped`.
+        backend: of the kernel, see `expert_mlp`.
 
     Parameters: `up_proj` (E, F, D); `down_proj` (E, D, F).
     """
@@ -90,7 +90,7 @@ class ReLUExperts(_Experts):
         num_experts: E.
         dim: D.
         hidden_dim: F.
-        backend: of the kernel, `auto`, `loop` or `grouped`.
+        backend: of the kernel, see `expert_mlp`.
 
     Parameters: `up_proj` (E, F, D); `down_proj` (E, D, F).
     """
@@ -105,7 +105,7 @@ class ReLU2Experts(_Experts):
         num_experts: E.
         dim: D.
         hidden_dim: F.
-        backend: of the kernel, `auto`, `loop` or `grouped`.
+        backend: of the kernel, see `expert_mlp`.
 
     Parameters: `up_proj` (E, F, D); `down_proj` (E, D, F).
     """
