@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from host_waits import host_waits
+from host_waits import READS, host_waits
 
 from himoe import Capacity, Groups, MoE, SwiGLUExperts, aux_losses, observe, presets, step
 from himoe.balance import Chain, LossFree, PerGroup
@@ -118,3 +118,34 @@ def test_what_waits_is_found(name):
     except (RuntimeError, NotImplementedError) as error:
         found = [str(error)]
     assert re.search(how, "\n".join(found))
+
+
+def data_dependent(module, *arguments):
+    """Export a module for any batch size; return the operators and the sizes of its graph that depend on data."""
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(module, arguments, dynamic_shapes=tuple({0: batch} for _ in arguments))
+    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    names = [getattr(node.target, "overloadpacket", node.target).__name__ for node in nodes]
+    sizes = [str(symbol) for symbol in program.range_constraints if str(symbol).startswith("u")]
+    return [name for name in names if name in READS or name == "item"] + sizes, names
+
+
+@pytest.mark.parametrize(("backend", "fused"), [("grouped", False), ("triton", True)])
+@pytest.mark.parametrize("capacity", [None, "token_major"])
+def test_the_exported_layer_has_no_shape_that_depends_on_data(backend, fused, capacity):
+    if fused:
+        pytest.importorskip("triton")
+    layer = build("hi_moe", capacity, backend, fused=fused)
+    x = torch.empty(4, 6, D, device="meta", dtype=torch.bfloat16)
+    found, names = data_dependent(layer, x, torch.empty(4, 6, device="meta", dtype=torch.bool))
+    assert found == []
+    assert "expert_mlp" in names and ("fused_route" in names) == fused
+
+
+def test_an_exported_shape_that_depends_on_data_is_found():
+    class Picks(torch.nn.Module):
+        def forward(self, x):
+            return x[x > 0]
+
+    found, _ = data_dependent(Picks(), torch.ones(4, 3))
+    assert any(symbol.startswith("u") for symbol in found)

@@ -46,9 +46,10 @@ def fused_plan(score: Callable[..., Any], selector: Callable[..., Any], logits: 
         and groups.is_equal
         and groups.num_experts == num_experts
     ):
-        of_group = (k,) * groups.num_groups if isinstance(k, int) else tuple(k or ())
-        if of_group == of_group[:1] * groups.num_groups and 1 <= of_group[0] <= num_experts // groups.num_groups:
-            return Plan(SCORES[score], sum(of_group), groups.num_groups)
+        per_group = [k] * groups.num_groups if isinstance(k, int) else list(k or ())
+        sizes = range(1, num_experts // groups.num_groups + 1)
+        if any(per_group == [size] * groups.num_groups for size in sizes):
+            return Plan(SCORES[score], sum(per_group), groups.num_groups)
     return None
 
 
