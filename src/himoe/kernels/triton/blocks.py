@@ -76,10 +76,11 @@ def default(product: str, shape: ShapeClass) -> Blocks:
         return Blocks(16, 16, 32, 2, 4, 1)
     hopper, full = shape.capability[0] >= 9, shape.dtype == "float32"
     if full:  # exact fp32 products run without tensor cores and keep both operands in registers
-        return Blocks(32, 64, 32, 8, 4, 2)
+        return Blocks(32, 32 if product == "up" else 64, 32, 8, 4, 2)
     if product == "weight_gradient":  # rows are summed over here, so few of them want short steps
         # The gathered side is loaded through the pairs' numbers, and stages are shared among both loads.
         return Blocks(128, 128, 32 if shape.rows <= 32 else 64, 8, 8, 6 if hopper else 4)
     rows = min(max(shape.rows, 32), 128)
-    columns = 64 if product == "up" and rows == 128 else 128  # `up` adds two tiles at once for swiglu
+    # `up` adds up two tiles for swiglu, and the gradient of hidden has four at hand at its end: wider ones spill.
+    columns = 64 if product in ("up", "hidden_gradient") else 128
     return Blocks(rows, columns, 64, 8, 8 if rows == 128 else 4, 4 if hopper else 3)

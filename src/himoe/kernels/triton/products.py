@@ -22,7 +22,8 @@ def up_product(
     expert = tl.load(tiles + 2 * tile).to(tl.int64)
     if expert < 0:
         return
-    row = tl.load(tiles + 2 * tile + 1) + tl.arange(0, M)
+    first, m = tl.load(tiles + 2 * tile + 1), tl.arange(0, M)
+    row = first + m
     end = tl.load(offsets + expert)
     exists = row < end
     pair = tl.load(pair_of_row + tl.minimum(row, end - 1))
@@ -43,14 +44,14 @@ def up_product(
         of_gate += STEP * stride_d
     weight = tl.load(weights + pair).to(tl.float32)
     stored = exists[:, None] & fits[None, :]
-    wide_row = row.to(tl.int64)[:, None]
     H = 2 * F if ACTIVATION == "swiglu" else F
-    of_hidden = hidden + wide_row * H + column[None, :]
+    of_hidden = hidden + first.to(tl.int64) * H + (m[:, None] * H + column[None, :])
     tl.store(of_hidden, gate.to(hidden.dtype.element_ty), mask=stored)
     if ACTIVATION == "swiglu":
         tl.store(of_hidden + F, value.to(hidden.dtype.element_ty), mask=stored)
     result = activate(gate, value, ACTIVATION) * weight[:, None]
-    tl.store(unit + wide_row * F + column[None, :], result.to(unit.dtype.element_ty), mask=stored)
+    of_unit = unit + first.to(tl.int64) * F + (m[:, None] * F + column[None, :])
+    tl.store(of_unit, result.to(unit.dtype.element_ty), mask=stored)
 
 
 @triton.jit
@@ -64,7 +65,8 @@ def row_product(
     expert = tl.load(tiles + 2 * tile).to(tl.int64)
     if expert < 0:
         return
-    row = tl.load(tiles + 2 * tile + 1) + tl.arange(0, M)
+    first, m = tl.load(tiles + 2 * tile + 1), tl.arange(0, M)
+    row = first + m
     end = tl.load(offsets + expert)
     exists = row < end
     column, k = block * N + tl.arange(0, N), tl.arange(0, STEP)
@@ -78,7 +80,7 @@ def row_product(
         total = dot(left, load(of_b, rest, fits, CHECK_K, CHECK_N), total, PRECISION)
         of_a += STEP
         of_b += STEP * stride_k
-    of_out = out + row.to(tl.int64)[:, None] * width + column[None, :]
+    of_out = out + first.to(tl.int64) * width + (m[:, None] * width + column[None, :])
     tl.store(of_out, total.to(out.dtype.element_ty), mask=exists[:, None] & fits[None, :])
 
 
@@ -95,7 +97,8 @@ def hidden_gradient(
     expert = tl.load(tiles + 2 * tile).to(tl.int64)
     if expert < 0:
         return
-    row = tl.load(tiles + 2 * tile + 1) + tl.arange(0, M)
+    first, m = tl.load(tiles + 2 * tile + 1), tl.arange(0, M)
+    row = first + m
     end = tl.load(offsets + expert)
     exists = row < end
     pair = tl.load(pair_of_row + tl.minimum(row, end - 1))
@@ -112,26 +115,26 @@ def hidden_gradient(
         of_down += STEP * stride_d
     weight = tl.load(weights + pair).to(tl.float32)
     here = exists[:, None] & fits[None, :]
-    wide_row = row.to(tl.int64)[:, None]
     H = 2 * F if ACTIVATION == "swiglu" else F
-    place = wide_row * H + column[None, :]
-    gate = tl.load(hidden + place, mask=here, other=0.0).to(tl.float32)
+    start = first.to(tl.int64) * H
+    place = m[:, None] * H + column[None, :]  # within the tile, 32 bits wide
+    gate = tl.load(hidden + start + place, mask=here, other=0.0).to(tl.float32)
     value = gate
     if ACTIVATION == "swiglu":
-        value = tl.load(hidden + place + F, mask=here, other=0.0).to(tl.float32)
+        value = tl.load(hidden + start + F + place, mask=here, other=0.0).to(tl.float32)
     if NEED_WEIGHTS or NEED_UNIT:
         again = activate(gate, value, ACTIVATION)
         if NEED_WEIGHTS:
             parts = tl.sum(tl.where(here, d_unit * again, 0.0), 1)
             tl.store(d_weight_parts + row.to(tl.int64) * tl.cdiv(F, N) + block, parts, mask=exists)
         if NEED_UNIT:
-            of_unit = unit + wide_row * F + column[None, :]
+            of_unit = unit + first.to(tl.int64) * F + (m[:, None] * F + column[None, :])
             tl.store(of_unit, (again * weight[:, None]).to(unit.dtype.element_ty), mask=here)
     if NEED_HIDDEN:
         d_gate, d_value = activate_backward(gate, value, d_unit * weight[:, None], ACTIVATION)
-        tl.store(d_hidden + place, d_gate.to(d_hidden.dtype.element_ty), mask=here)
+        tl.store(d_hidden + start + place, d_gate.to(d_hidden.dtype.element_ty), mask=here)
         if ACTIVATION == "swiglu":
-            tl.store(d_hidden + place + F, d_value.to(d_hidden.dtype.element_ty), mask=here)
+            tl.store(d_hidden + start + F + place, d_value.to(d_hidden.dtype.element_ty), mask=here)
 
 
 @triton.jit
