@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test check fmt clean
+.PHONY: setup demo test check fmt clean gpu-check gpu-packages
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -29,6 +29,21 @@ check: $(READY)  ## static checks: style, types, the import rule
 fmt: $(READY)
 	$(BIN)/ruff format src tests examples
 	$(BIN)/ruff check --fix src tests examples
+
+# A machine with a GPU may have a Python of its own and no network. What its Python lacks comes along in .gpu-packages.
+GPU_PYTHON  ?= python3
+GPU_VERSION ?= 3.12
+GPU_RUN      = PYTHONPATH=src:.gpu-packages $(GPU_PYTHON)
+
+gpu-check:       ## on a machine with a CUDA GPU, no network needed: the tests marked gpu, then the benchmark
+	$(GPU_RUN) tests/gpu_machine.py
+	$(GPU_RUN) -m pytest -m gpu -p no:cacheprovider tests/kernels tests/nn
+	$(GPU_RUN) -m himoe bench layer --device cuda
+
+gpu-packages:    ## where there is a network: fetch what the command line needs, for the Python of the GPU machine
+	python3 -m pip install --quiet --disable-pip-version-check -c constraints.txt --target .gpu-packages --upgrade \
+		--only-binary :all: --python-version $(GPU_VERSION) --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+		$$(python3 tests/gpu_machine.py --packages)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .coverage .hypothesis

@@ -36,6 +36,7 @@ SELECTORS = {
     "top_k": "himoe.functional.selection.top_k:top_k",
     "top_k_per_group": "himoe.functional.selection.top_k_per_group:top_k_per_group",
     "top_k_in_best_groups": "himoe.functional.selection.top_k_in_best_groups:top_k_in_best_groups",
+    "top_k_in_tiles": "himoe.functional.selection.top_k_in_tiles:top_k_in_tiles",
     "top_p": "himoe.functional.selection.top_p:top_p",
     "threshold": "himoe.functional.selection.threshold:threshold",
     "expert_choice": "himoe.functional.selection.expert_choice:expert_choice",

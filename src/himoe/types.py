@@ -52,6 +52,7 @@ class Routing:
         context: what the router was told.
         step_counts: (E,) int64 selected pairs of this layer over all ranks and the micro-batches of the optimizer step
             so far, this one included; `aux_losses` fills it in for the balancers that ask for it.
+        counts: (E,) int64 selected pairs of this call, where the router counted them while it chose; else None.
     """
 
     logits: Float[Tensor, "T E"]
@@ -62,6 +63,7 @@ class Routing:
     kept: Bool[Tensor, "T K"]
     context: RouterContext
     step_counts: Int[Tensor, " E"] | None = None
+    counts: Int[Tensor, " E"] | None = None
 
     @property
     def num_experts(self) -> int:

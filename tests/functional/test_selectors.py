@@ -354,7 +354,7 @@ def test_what_selectors_say_of_themselves():
         for attribute in ("causal", "balances_load", "wanted")
     }
     assert said == {
-        "causal": {"expert_choice", "sinkhorn"},
+        "causal": {"expert_choice", "sinkhorn", "top_k_in_tiles"},
         "balances_load": {"expert_choice", "sinkhorn", "round_robin"},
-        "wanted": {"top_p", "threshold", "expert_choice"},
+        "wanted": {"top_p", "threshold", "expert_choice", "top_k_in_tiles"},
     }

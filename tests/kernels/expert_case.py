@@ -21,10 +21,11 @@ class Case:
     down_proj: Tensor
     activation: str
 
-    def arguments(self, dtype=None):
+    def arguments(self, dtype=None, device="cpu"):
         """Positional arguments, floating ones cast and detached from everything."""
-        floats = {n: getattr(self, n).to(dtype or getattr(self, n).dtype).detach() for n in NAMES}
-        return floats["x"], self.expert_ids, floats["weights"], self.kept, floats["up_proj"], floats["down_proj"]
+        floats = {n: getattr(self, n).to(device, dtype or getattr(self, n).dtype).detach() for n in NAMES}
+        ids, kept = self.expert_ids.to(device), self.kept.to(device)
+        return floats["x"], ids, floats["weights"], kept, floats["up_proj"], floats["down_proj"]
 
 
 def make_case(
@@ -60,9 +61,9 @@ def make_case(
     )
 
 
-def run(case, *, backend, dtype=torch.float64, upstream=None, trained=NAMES):
+def run(case, *, backend, dtype=torch.float64, upstream=None, trained=NAMES, device="cpu"):
     """Return y and the gradients of x, weights, up_proj and down_proj for the upstream gradient (default: a ramp)."""
-    arguments = case.arguments(dtype)
+    arguments = case.arguments(dtype, device)
     floats = dict(zip(NAMES, (arguments[0], arguments[2], arguments[4], arguments[5]), strict=True))
     for name in trained:
         floats[name].requires_grad_()
@@ -73,9 +74,9 @@ def run(case, *, backend, dtype=torch.float64, upstream=None, trained=NAMES):
     if not y.requires_grad:  # the reference of a batch without kept pairs
         return y, {name: torch.zeros_like(floats[name]) for name in trained}
     upstream = torch.linspace(-1, 2, y.numel(), dtype=torch.float64).view_as(y) if upstream is None else upstream
-    grads = torch.autograd.grad(y, [floats[n] for n in trained], upstream.to(y.dtype), allow_unused=True)
+    grads = torch.autograd.grad(y, [floats[n] for n in trained], upstream.to(y), allow_unused=True)
     filled = [torch.zeros_like(floats[n]) if g is None else g for n, g in zip(trained, grads, strict=True)]
-    return y.detach(), dict(zip(trained, filled, strict=True))
+    return y.detach().cpu(), dict(zip(trained, (g.cpu() for g in filled), strict=True))
 
 
 def assert_equal(one, other, tolerance):

@@ -224,7 +224,7 @@ def test_the_reference_is_the_formula():
 
 
 ERRORS = [
-    ({"backend": "triton"}, "backend = 'triton': must be auto, loop, grouped, native"),
+    ({"backend": "cuda"}, "backend = 'cuda': must be auto, loop, grouped, native, triton"),
     ({"activation": "tanh"}, "activation = 'tanh': must be swiglu or gelu or relu or relu2"),
     ({"activation": "gelu"}, r"gelu needs x \(T, 16\) and up_proj \(5, 8, 16\)"),
     ({"x": (7, 15)}, r"x \(7, 15\), up_proj \(5, 16, 16\) and down_proj \(5, 16, 8\) do not fit"),

@@ -39,6 +39,7 @@ STRONGER = {"weight": 0.3, "lambda_intra": 0.2, "lambda_inter": 0.3, "rate": 0.0
 
 OPTIONS: dict[Entry, dict[str, Any]] = {
     ("selectors", "threshold"): {"selector_options": {"threshold": 0.1}},  # 0 takes every expert
+    ("selectors", "top_k_in_tiles"): {"selector_options": {"tile": 4}},  # the default is more than these batches
     ("selectors", "top_p"): {"selector_options": {"p": 0.7, "max_k": 5}},
 }
 

@@ -67,6 +67,13 @@ class Balancer(nn.Module):
         """Change the scores that the selector sees: moves the choice only."""
         return scores
 
+    def adds_to_choice(self) -> list[Float[Tensor, " E"]] | None:
+        """Return the vectors that `adjust_choice` adds to every token's scores; None where it does anything else.
+
+        For the fused router, which needs no Python between score and choice. Say nothing, and the general path runs.
+        """
+        return [] if type(self).adjust_choice is Balancer.adjust_choice else None
+
     def losses(self, routing: Routing) -> dict[str, Float[Tensor, ""]]:  # noqa: ARG002
         """Return this layer's named, weighted scalar losses."""
         return {}

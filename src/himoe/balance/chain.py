@@ -40,6 +40,15 @@ class Chain(Balancer):
             scores = part.adjust_choice(scores, context)
         return scores
 
+    def adds_to_choice(self) -> list[Float[Tensor, " E"]] | None:
+        """Return what the parts add, if that is all they do."""
+        total: list[Tensor] = []
+        for part in self.parts:
+            if (added := part.adds_to_choice()) is None:
+                return None
+            total += added
+        return total
+
     def losses(self, routing: Routing) -> dict[str, Float[Tensor, ""]]:
         """Return the losses of all parts."""
         total: dict[str, Tensor] = {}

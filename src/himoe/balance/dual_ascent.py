@@ -102,6 +102,6 @@ class DualAscent(Balancer):
         if self.sums:
             tokens = self.sums["tokens"]
             value = self.sums["constraints"] / tokens.clamp(min=1)
-            excess = value - value.new_tensor([self.epsilon_intra, self.epsilon_inter])
+            excess = torch.stack([value[0] - self.epsilon_intra, value[1] - self.epsilon_inter])
             moved = (self.multipliers + self.rate * excess).clamp(0, self.maximum).to(self.multipliers.dtype)
             self.multipliers.copy_(torch.where(tokens > 0, moved, self.multipliers))

@@ -72,6 +72,11 @@ class LossFree(Balancer):
             )
         return scores * self.bias if self.multiplicative else scores + self.bias
 
+    def adds_to_choice(self) -> list[Float[Tensor, " E"]] | None:
+        """Return b, where it is added."""
+        changed = type(self).adjust_choice is not LossFree.adjust_choice
+        return None if changed or self.multiplicative else [self.bias]
+
     def observe(self, routing: Routing) -> None:
         """Count the selected pairs."""
         self.accumulate("counts", selected_load(routing))

@@ -61,6 +61,10 @@ class Momentum(Balancer):
             )
         return scores + self.bias
 
+    def adds_to_choice(self) -> list[Float[Tensor, " E"]] | None:
+        """Return b."""
+        return [self.bias] if type(self).adjust_choice is Momentum.adjust_choice else None
+
     def observe(self, routing: Routing) -> None:
         """Count the selected pairs."""
         self.accumulate("counts", selected_load(routing))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from himoe.balance.base import STEP_COUNTS, Balancer
 from himoe.errors import ConfigError
+from himoe.functional.constants import numbers_on
 from himoe.functional.groups import Groups
 from himoe.functional.stats import selected_load
 from himoe.types import RouterContext, Routing
@@ -77,11 +78,11 @@ class PerGroup(Balancer):
     def within(self, routing: Routing, group: int) -> Routing:
         """Return the routing of one group: its columns, its experts counted from 0, the other pairs not selected."""
         logits, context = self._given(routing.logits, routing.context, group)
-        columns, members = self._columns[group], self.groups.members[group]
+        columns, members = self._columns_on(logits.device, group), self.groups.members[group]
         local = routing.expert_ids - members[0]
         if not isinstance(columns, slice):
             place = {e: i for i, e in enumerate(members)}
-            table = torch.tensor([place.get(e, -1) for e in range(self.groups.num_experts)], device=logits.device)
+            table = numbers_on(logits.device, [place.get(e, -1) for e in range(self.groups.num_experts)])
             local = table[routing.expert_ids]
         inside = (local >= 0) & (local < len(members))
         return replace(
@@ -93,6 +94,7 @@ class PerGroup(Balancer):
             kept=routing.kept & inside,
             context=context,
             step_counts=None if routing.step_counts is None else routing.step_counts[columns],
+            counts=None if routing.counts is None else routing.counts[columns],
         )
 
     def _given(self, values: Tensor, context: RouterContext, group: int) -> tuple[Tensor, RouterContext]:
@@ -100,7 +102,8 @@ class PerGroup(Balancer):
             raise ConfigError(
                 f"per_group: the groups hold {self.groups.num_experts} experts, the router has {values.shape[-1]}"
             )
-        columns, noise, noise_std, weight = self._columns[group], context.noise, context.noise_std, context.gate_weight
+        columns, weight = self._columns_on(values.device, group), context.gate_weight
+        noise, noise_std = context.noise, context.noise_std
         return values[:, columns], replace(
             context,
             noise=None if noise is None else noise[:, columns],
@@ -108,10 +111,16 @@ class PerGroup(Balancer):
             gate_weight=None if weight is None else weight[columns],
         )
 
+    def _columns_on(self, device: torch.device, group: int) -> slice | Tensor:
+        columns = self._columns[group]
+        return columns if isinstance(columns, slice) else numbers_on(device, columns)
+
     def _join(self, parts: list[Tensor]) -> Tensor:
         """Put the groups' columns back to their places."""
         joined, order = torch.cat(parts, dim=-1), [expert for group in self.groups.members for expert in group]
-        return joined if order == sorted(order) else joined[:, sorted(range(len(order)), key=order.__getitem__)]
+        if order == sorted(order):
+            return joined
+        return joined[:, numbers_on(joined.device, sorted(range(len(order)), key=order.__getitem__))]
 
 
 def _slice_if_contiguous(members: tuple[int, ...]) -> slice | list[int]:

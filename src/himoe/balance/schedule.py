@@ -89,6 +89,10 @@ class Schedule(Balancer):
         """Pass on."""
         return self.balancer.adjust_choice(scores, context)
 
+    def adds_to_choice(self) -> list[Float[Tensor, " E"]] | None:
+        """Pass on."""
+        return self.balancer.adds_to_choice()
+
     def losses(self, routing: Routing) -> dict[str, Float[Tensor, ""]]:
         """Return the balancer's losses, multiplied by the factor where they are what is scaled."""
         if self.scales == "moves":

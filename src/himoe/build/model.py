@@ -87,7 +87,9 @@ def build_moe(moe: MoEConfig, dim: int) -> MoE:
     shared = DENSE.get(moe.experts, SwiGLU)(dim, moe.shared_dim) if moe.shared_dim else None
     if shared is not None and moe.shared_gate:
         shared = GatedNetwork(shared, dim)
-    layer = MoE(build_router(moe, dim), experts, dispatcher=dispatcher, shared_expert=shared)
+    router = build_router(moe, dim)
+    router.fused = moe.backend == "triton"
+    layer = MoE(router, experts, dispatcher=dispatcher, shared_expert=shared)
     if moe.capacity_factor is not None and layer.router.top_k * moe.capacity_factor >= moe.num_experts:
         warnings.warn(
             f"moe.capacity_factor = {moe.capacity_factor:g} with up to {layer.router.top_k} of {moe.num_experts} "

@@ -126,8 +126,9 @@ class MoEConfig(BaseModel):
         description="Who takes an expert's places first: token by token; all first choices before all second ones; "
         "the pairs of largest weight; or the tokens of largest weight. Only the first is causal",
     )
-    backend: Literal["auto", "loop", "grouped", "native"] = Field(
-        default="auto", description="How the experts are computed"
+    backend: Literal["auto", "loop", "grouped", "native", "triton"] = Field(
+        default="auto",
+        description="How the experts are computed; `triton` also fuses the router where its kernel covers it",
     )
     force: bool = Field(default=False, description="Train although a guard refuses the combination")
     allow_non_causal: bool = Field(

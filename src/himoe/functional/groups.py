@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from himoe.errors import ConfigError
+from himoe.functional.constants import numbers_on
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Groups:
         """Add up the values of each group."""
         if self.is_equal:
             return values.unflatten(-1, (self.num_groups, -1)).sum(-1)
-        index = torch.tensor(self.group_of, device=values.device)
+        index = numbers_on(values.device, self.group_of)
         zeros = values.new_zeros(*values.shape[:-1], self.num_groups)
         return zeros.index_add(-1, index, values)
 
@@ -92,10 +93,11 @@ class Groups:
         """Return the logarithm of each group's sum, from logarithms: finite where the sum itself underflows."""
         if self.is_equal:
             return log_values.unflatten(-1, (self.num_groups, -1)).logsumexp(-1)
-        return torch.stack([log_values[..., list(members)].logsumexp(-1) for members in self.members], dim=-1)
+        columns = [numbers_on(log_values.device, members) for members in self.members]
+        return torch.stack([log_values[..., members].logsumexp(-1) for members in columns], dim=-1)
 
     def expand(self, values: Float[Tensor, "*batch G"]) -> Float[Tensor, "*batch E"]:
         """Give every expert the value of its group."""
         if self.is_equal:
             return values.repeat_interleave(self.num_experts // self.num_groups, dim=-1)
-        return values[..., torch.tensor(self.group_of, device=values.device)]
+        return values[..., numbers_on(values.device, self.group_of)]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from himoe.errors import ConfigError
+from himoe.functional.constants import numbers_on
 from himoe.functional.groups import Groups
 
 
@@ -71,7 +72,7 @@ def softmax_per_group(
     per_group = (k,) * groups.num_groups if isinstance(k, int) else tuple(k)
     if len(per_group) != groups.num_groups or min(per_group) < 1 or any(map(operator.gt, per_group, groups.sizes)):
         raise ConfigError(f"softmax_per_group: k = {k} must give each group 1 to its size, sizes {groups.sizes}")
-    share = logits.new_tensor(per_group) / sum(per_group)
+    share = numbers_on(logits.device, per_group, logits.dtype) / sum(per_group)
     return (logits - groups.expand(groups.log_sum(logits))).exp() * groups.expand(share)
 
 

@@ -22,6 +22,8 @@ def count_pairs(expert_ids: Int[Tensor, "T K"], counted: Bool[Tensor, "T K"], nu
 
 def selected_load(routing: Routing) -> Int[Tensor, " E"]:
     """Pairs per expert as selected, before capacity drops: what losses and controllers use."""
+    if routing.counts is not None:
+        return routing.counts
     return count_pairs(routing.expert_ids, routing.selected, routing.num_experts)
 
 

@@ -9,14 +9,15 @@ on the meta device in every dtype.
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from himoe.errors import ConfigError
 from himoe.functional.dispatch import SortedPairs, sort_by_expert
 from himoe.functional.precision import autocast_dtype
-from himoe.kernels import grouped, loop, native
+from himoe.kernels import flops, grouped, loop, native, triton
 from himoe.kernels.activation import ACTIVATIONS
 
-BACKENDS = {"loop": loop, "grouped": grouped, "native": native}
+BACKENDS = {"loop": loop, "grouped": grouped, "native": native, "triton": triton}
 
 
 def expert_mlp(
@@ -40,8 +41,8 @@ def expert_mlp(
         up_proj: (E, H, D), H = 2F for swiglu (gate first, then value), F for the others.
         down_proj: (E, D, F).
         activation: `swiglu`, `gelu`, `relu` or `relu2`.
-        backend: `loop`, `grouped`, `native`, or `auto`: native on a CPU and grouped on a GPU where they can run, loop
-            elsewhere.
+        backend: `loop`, `grouped`, `native`, `triton`, or `auto`: native on a CPU and grouped on a GPU where they can
+            run, else loop. `triton` has not been measured against grouped, so it is chosen only where it is asked for.
 
     Raises:
         ConfigError: an unknown backend, projections that do not fit x or the activation, or pairs that do not fit x.
@@ -57,16 +58,11 @@ def expert_mlp(
 
 
 def choose_backend(backend: str, x: Tensor, up_proj: Tensor, down_proj: Tensor) -> str:
-    """Return the backend that will run: `loop` stands in where another cannot take the shapes, dtype or device."""
+    """Return the backend that will run: `loop` stands in where another cannot take dtype, shapes or device."""
     if backend != "auto" and backend not in BACKENDS:
         raise ConfigError(f"backend = {backend!r}: must be auto, {', '.join(BACKENDS)}")
-    if backend == "auto":
-        backend = "native" if x.device.type == "cpu" else "grouped"
-    if backend == "native" and not native.supports(x):
-        return "loop"
-    if backend == "grouped" and not grouped.supports(x, up_proj, down_proj):
-        return "loop"
-    return backend
+    wanted = ("native" if x.device.type == "cpu" else "grouped") if backend == "auto" else backend
+    return wanted if wanted == "loop" or BACKENDS[wanted].supports(x, up_proj, down_proj) else "loop"
 
 
 def backend_status() -> dict[str, str | None]:
@@ -172,3 +168,5 @@ def _backward(ctx, grad: Tensor | None, _grad_hidden: Tensor | None):
 
 
 _expert_mlp.register_autograd(_backward, setup_context=_setup_context)
+register_flop_formula(torch.ops.himoe.expert_mlp)(flops.forward)
+register_flop_formula(torch.ops.himoe.expert_mlp_backward)(flops.backward)

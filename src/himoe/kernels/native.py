@@ -124,7 +124,13 @@ def available(dtype: torch.dtype = torch.float32) -> bool:
     return status(dtype).available
 
 
-def supports(x: Tensor) -> bool:
+def unavailable() -> str | None:
+    """Return why the kernel cannot run here in fp32, None where it can."""
+    found = status()
+    return None if found.available else found.reason
+
+
+def supports(x: Tensor, *_projections: Tensor) -> bool:
     """Return whether the kernel takes this dtype and device, and can run."""
     return x.device.type == "cpu" and x.dtype in MODES and available(x.dtype)
 

@@ -66,7 +66,7 @@ class SwiGLUExperts(_Experts):
         num_experts: E.
         dim: D.
         hidden_dim: F.
-        backend: of the kernel, `auto`, `loop`, `grouped` or `native`.
+        backend: of the kernel, see `expert_mlp`.
 
     Parameters: `gate_up_proj` (E, 2F, D), gate rows first; `down_proj` (E, D, F).
     """
@@ -81,7 +81,7 @@ class GELUExperts(_Experts):
         num_experts: E.
         dim: D.
         hidden_dim: F.
-        backend: of the kernel, `auto`, `loop`, `grouped` or `native`.
+        backend: of the kernel, see `expert_mlp`.
 
     Parameters: `up_proj` (E, F, D); `down_proj` (E, D, F).
     """
@@ -96,7 +96,7 @@ class ReLUExperts(_Experts):
         num_experts: E.
         dim: D.
         hidden_dim: F.
-        backend: of the kernel, `auto`, `loop`, `grouped` or `native`.
+        backend: of the kernel, see `expert_mlp`.
 
     Parameters: `up_proj` (E, F, D); `down_proj` (E, D, F).
     """
@@ -111,7 +111,7 @@ class ReLU2Experts(_Experts):
         num_experts: E.
         dim: D.
         hidden_dim: F.
-        backend: of the kernel, `auto`, `loop`, `grouped` or `native`.
+        backend: of the kernel, see `expert_mlp`.
 
     Parameters: `up_proj` (E, F, D); `down_proj` (E, D, F).
     """

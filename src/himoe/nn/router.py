@@ -17,6 +17,7 @@ from himoe.functional import scores as score_functions
 from himoe.functional.bound import bound_options, name_of, unbound
 from himoe.functional.noise import normal_noise
 from himoe.functional.precision import accumulation_dtype, without_autocast
+from himoe.kernels.fused_route import fused_plan, fused_route
 from himoe.nn.saved_routing import saved_routing
 from himoe.types import RouterContext, Routing
 
@@ -40,7 +41,12 @@ class Router(nn.Module):
         renormalize: divide each token's weights by their sum.
         expert_scale: learn one weight factor per expert, starting at 1; a vector, hence never decayed by `himoe train`.
         scaling_factor: constant factor on all weights (2.5 in DeepSeek-V3).
+
+    Attribute `fused`, False at first: score, choose and count in one Triton kernel where it covers the score function,
+    the selector and what the balancer does to the choice (`kernels/fused_route.py`); elsewhere nothing changes.
     """
+
+    fused: bool = False
 
     def __init__(
         self,
@@ -118,14 +124,23 @@ class Router(nn.Module):
                 training=self.training,
             )
             noisy = logits if context.noise is None else logits + context.noise
-            scores = self.score(self.balancer.adjust_logits(noisy, context))
-            choice = self.balancer.adjust_choice(scores, context)
-            expert_ids, selected = self.selector(choice.detach(), context)
+            scores, expert_ids, selected, counts = self._choose(self.balancer.adjust_logits(noisy, context), context)
             if mask is not None:
                 selected = selected & mask[:, None]
             expert_ids, selected = saved_routing(expert_ids, selected)
             weights = self._weights(scores, expert_ids, selected)
-        return Routing(logits, scores, expert_ids, weights, selected, selected, context)
+        return Routing(logits, scores, expert_ids, weights, selected, selected, context, counts=counts)
+
+    def _choose(self, logits: Tensor, context: RouterContext) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Score, adjust the choice and select; the kernel does all three, and counts, where it gives the same."""
+        if self.fused and (plan := fused_plan(self.score, self.selector, logits)) is not None:
+            added = self.balancer.adds_to_choice()
+            if added is not None and len(added) <= 1:  # the sum of two would be rounded elsewhere
+                scores, expert_ids, counts = fused_route(logits, added[0] if added else None, context.mask, plan)
+                return scores, expert_ids, torch.ones_like(expert_ids, dtype=torch.bool), counts
+        scores = self.score(logits)
+        choice = self.balancer.adjust_choice(scores, context)
+        return scores, *self.selector(choice.detach(), context), None
 
     def wanted(self, routing: Routing) -> Bool[Tensor, "T E"] | None:
         """Return the experts that the selector's rule asks for before `max_k` cuts any off; None where none can be.

@@ -113,7 +113,8 @@ class _Hooks:
 
     def _rebuilt(self, logits: Tensor, scores: Tensor, selected: Tensor) -> Routing:
         context: RouterContext = replace(self.routing.context, mask=selected.any(-1))
-        return replace(self.routing, logits=logits, scores=scores, selected=selected, kept=selected, context=context)
+        changed = {"logits": logits, "scores": scores, "selected": selected, "kept": selected, "context": context}
+        return replace(self.routing, **changed, counts=None)
 
     def adjust_logits(self, *given: Tensor) -> dict[str, Tensor]:
         return {"": self.balancer.adjust_logits(given[0], self._rebuilt(*given).context)}

@@ -19,6 +19,7 @@ from himoe.functional.selection.sinkhorn import sinkhorn
 from himoe.functional.selection.threshold import threshold
 from himoe.functional.selection.top_k import top_k
 from himoe.functional.selection.top_k_in_best_groups import top_k_in_best_groups
+from himoe.functional.selection.top_k_in_tiles import top_k_in_tiles
 from himoe.functional.selection.top_k_per_group import top_k_per_group
 from himoe.functional.selection.top_p import top_p
 
@@ -33,6 +34,7 @@ __all__ = [
     "threshold",
     "top_k",
     "top_k_in_best_groups",
+    "top_k_in_tiles",
     "top_k_per_group",
     "top_p",
 ]

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from himoe.errors import ConfigError
+from himoe.functional.constants import numbers_on
 from himoe.functional.groups import Groups
 from himoe.functional.selection.base import Selection, all_selected
 from himoe.types import RouterContext
@@ -48,7 +49,7 @@ def top_k_per_group(
     else:
         chosen = []
         for members, k_g in zip(groups.members, per_group, strict=True):
-            ids = torch.tensor(members, device=scores.device)
+            ids = numbers_on(scores.device, members)
             chosen.append(ids[scores[:, ids].topk(k_g, dim=-1).indices])
         expert_ids = torch.cat(chosen, dim=-1)
     return all_selected(expert_ids)
