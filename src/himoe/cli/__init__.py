@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Sequence
 
 import himoe
+from himoe.cli.bench import BENCH_VERBS, Bench
 from himoe.cli.check import Check
 from himoe.cli.evaluate import Eval
 from himoe.cli.generate import Generate
@@ -30,6 +31,7 @@ VERBS = {
     "generate": Generate,
     "report": Report,
     "check": Check,
+    "bench": Bench,
     "list": List,
 }
 
@@ -90,13 +92,19 @@ def _dispatch(arguments: list[str]) -> int:
         if not rest:
             print(help_text())
             return 0
-        verb, rest = rest[0], ["--help"]
+        verb, rest = rest[0], [*rest[1:], "--help"]
     if verb == "--version":
         print(f"himoe {himoe.__version__}")
         return 0
     if verb not in VERBS:
         raise ConfigError(f"no verb {verb!r}; known: {', '.join(VERBS)}{nearest(verb, list(VERBS))}")
-    command = parse(VERBS[verb], f"himoe {verb}", rest)
+    kind, prog = VERBS[verb], f"himoe {verb}"
+    if verb == "bench" and rest and not rest[0].startswith("-"):
+        if rest[0] not in BENCH_VERBS:
+            known = ", ".join(BENCH_VERBS)
+            raise ConfigError(f"no verb {rest[0]!r} of bench; known: {known}{nearest(rest[0], list(BENCH_VERBS))}")
+        kind, prog, rest = BENCH_VERBS[rest[0]], f"{prog} {rest[0]}", rest[1:]
+    command = parse(kind, prog, rest)
     return 0 if command is None else command.run(["himoe", *arguments])
 
 

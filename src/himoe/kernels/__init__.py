@@ -1,5 +1,5 @@
 """The expert MLP, one function with interchangeable backends; each is tested against `functional/reference.py`."""
 
-from himoe.kernels.expert_mlp import BACKENDS, choose_backend, expert_mlp
+from himoe.kernels.expert_mlp import BACKENDS, backend_status, choose_backend, expert_mlp
 
-__all__ = ["BACKENDS", "choose_backend", "expert_mlp"]
+__all__ = ["BACKENDS", "backend_status", "choose_backend", "expert_mlp"]
