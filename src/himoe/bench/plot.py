@@ -14,6 +14,7 @@ COLOURS = ("#0b6fb8", "#d1652b", "#0f9d6e", "#a65a94", "#c99400", "#4f8fd6", "#7
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,"><title>himoe bench layer</title><style>
+html {{ color-scheme: light; }}
 body {{ margin: 0 auto; max-width: 1100px; padding: 24px 16px 48px; color: #1b1f24; background: #fff;
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }}
 h1 {{ font-size: 26px; line-height: 1.2; }} h2 {{ font-size: 18px; margin: 40px 0 4px; }}
@@ -32,6 +33,7 @@ for (const [id, figure] of Object.entries(figures)) {{
 }}
 """
 PIXELS = 15  # of a bar
+TICKS = [float(f"{digit}e{power}") for power in range(-2, 4) for digit in (1, 2, 5)]
 
 
 def write_plot(result: Mapping[str, Any], path: Path) -> None:
@@ -90,7 +92,8 @@ def _figure(result: Mapping[str, Any], backend: str) -> dict[str, Any]:
                 "type": "log",
                 "title": {"text": "time of the peer / ours"},
                 "gridcolor": "#e6e7e4",
-                "dtick": "D2",
+                "tickvals": TICKS,
+                "ticktext": [f"{tick:g}" for tick in TICKS],
             },
             "yaxis": {"autorange": "reversed"},
             "legend": {"orientation": "h", "y": 1, "yanchor": "bottom"},

@@ -62,7 +62,7 @@ def draw_choice(shape: Shape, routing: str, generator: torch.Generator) -> Choic
         if routing == "zipf":
             log_odds = -torch.arange(1.0, experts + 1).log()[torch.randperm(experts, generator=generator)]
         # Adding Gumbel noise and taking the K largest draws without replacement.
-        noise = -torch.rand(tokens, experts, generator=generator).clamp(1e-20).log().clamp(1e-20).log()
+        noise = -torch.empty(tokens, experts).exponential_(generator=generator).log()
         expert_ids = (log_odds + noise).topk(top_k).indices
     return Choice(expert_ids, torch.randn(tokens, top_k, generator=generator).softmax(-1))
 
