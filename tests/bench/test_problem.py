@@ -74,7 +74,7 @@ def test_shapes_have_names_or_five_numbers():
 
 def test_plans_name_shapes_that_are_there_and_spell_out():
     assert all(name in SHAPES for name, _, _ in FULL + FULL_GPU + QUICK)
-    assert set(name for name, _, _ in QUICK) <= set(name for name, _, _ in FULL)
+    assert {name for name, _, _ in QUICK} <= {name for name, _, _ in FULL}
     assert len(cases(QUICK, (), ())) == sum(len(dtypes) * len(routings) for _, dtypes, routings in QUICK)
     assert {case[1:] for case in cases(QUICK, ("bf16",), ("zipf",))} == {("bf16", "zipf")}
     assert plan("cpu", quick=True, names=("1,2,3,4,1",)) == [("1,2,3,4,1", ("fp32",), ("uniform",))]
