@@ -26,6 +26,7 @@ for arguments, code in [
     (["--help"], 0), (["train", "--help"], 0), (["list"], 0), (["list", "presets"], 0), (["--version"], 0),
     (["help", "eval"], 0),
     (["train", "--set", "moe.top_k=99"], 2), (["eval", "nowhere"], 2), (["trian"], 2), (["list", "lm_tiny"], 0),
+    (["bench", "--help"], 0), (["bench", "layer", "--help"], 0), (["bench", "layer", "--shape", "e65"], 2),
     (["list", "two_levl"], 2), (["check", "causality", "nowhere"], 2),
 ]:
     assert main(arguments) == code, arguments

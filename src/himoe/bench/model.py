@@ -156,15 +156,16 @@ def _trainer(config: Config, model: DecoderLM) -> Trainer:
 
 
 def _compare(trainers: dict[str, Trainer]) -> None:
-    """Raise WrongPeerError unless both models have the same logits and gradients, in their first step."""
-    found = []
+    """Raise WrongPeerError unless both models have the same logits, and gradients of every parameter."""
+    found: list[dict[str, Tensor]] = []
     for trainer in trainers.values():
         inputs = torch.from_numpy(trainer.batches.micro_batch(0, 0).tokens[:, :-1]).to(trainer.device)
         logits, _ = trainer.model(inputs)
         logits.float().logsumexp(-1).mean().backward()
-        grads = [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
-        found.append((logits.detach().flatten(0, 1), torch.cat(grads)[None]))
+        named = trainer.model.named_parameters()
+        grads = {f"gradient of {name}": p.grad for name, p in named if p.grad is not None}
+        found.append({"logits": logits.detach(), **grads})
         trainer.model.zero_grad(set_to_none=True)
-    for name, left, right in zip(("logits", "gradients"), *found, strict=True):
-        if not (error := worst_row(right, left)) <= 10 * TOLERANCE["fp32"]:
-            raise WrongPeerError(f"the two models' {name} differ by {error:.1e} of their size: nothing was timed")
+    for (name, left), right in zip(found[0].items(), found[1].values(), strict=True):
+        if not (error := worst_row(right.flatten()[None], left.flatten()[None])) <= 10 * TOLERANCE["fp32"]:
+            raise WrongPeerError(f"the two models' {name} differs by {error:.1e} of its size: nothing was timed")

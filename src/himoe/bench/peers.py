@@ -13,6 +13,7 @@ tells whether they are used rightly.
 
 import importlib.util
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -129,7 +130,9 @@ def _st_moe(problem: Problem) -> Contestant:
     needed = 4 * shape.tokens * shape.num_experts * places * (shape.top_k + 4)
     if needed > MOST_DISPATCH_BYTES:
         raise CannotRunError(f"its dispatch tensors would take about {needed / 2**30:.0f} GiB")
-    from st_moe_pytorch import MoE  # type: ignore[import-not-found]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the package's own annotations
+        from st_moe_pytorch import MoE  # type: ignore[import-not-found]
 
     pairs = zip(problem.up_proj.detach(), problem.down_proj.detach(), strict=True)
     experts = [_OneExpert(up, down) for up, down in pairs]
