@@ -196,7 +196,7 @@ def test_models_that_differ_are_not_timed():
         def forward(self, *args):
             return self.ours(*args) * 1.01
 
-    with patch("himoe.bench.model._Swapped", Wrong), pytest.raises(WrongPeerError, match="gradient of .* differs"):
+    with patch("himoe.bench.model._Swapped", Wrong), pytest.raises(WrongPeerError, match=r"gradient of .* differs"):
         measure_model(model_config(**SMALL), steps=1)
 
 

@@ -51,9 +51,7 @@ class _Bench(Verb):
 class BenchLayer(_Bench):
     """Time the expert layer, forward and backward, against its peers.
 
-    All compute the same problem in one process, in turns. Whoever gives a wrong
-    output or gradient is reported and not timed. docs/benchmarks.md explains
-    every number.
+    Who gives a wrong output or gradient is reported and not timed.
 
     Exit status:
       0   everybody measured was right
@@ -88,7 +86,7 @@ class BenchLayer(_Bench):
     seconds: Annotated[float | None, option("S")] = None
     """Seconds of timing for each row. Without it: 20, with --quick 4."""
     quick: Annotated[bool, option()] = False
-    """Few shapes, about two minutes; peers that take longer than 2 seconds for a step are left out."""
+    """Few shapes, about two minutes; peers that take longer than 4 seconds for a step are left out."""
     parts: Annotated[bool, option()] = False
     """Measure what surrounds the experts instead, each part alone."""
     plot: Annotated[Path | None, option("FILE")] = None
@@ -204,10 +202,9 @@ class BenchLayer(_Bench):
 
 @dataclass(kw_only=True)
 class BenchTrain(_Bench):
-    """Break a training step down: attention, router, dispatch, experts, loss, optimizer and so on.
+    """Break a training step down: attention, router, experts, loss and so on.
 
-    Trains a few steps of a recipe, as many with a clock in them as without, and
-    writes no run folder. The parts add up to the step.
+    Trains a few steps with a clock in them and as many without; writes nothing.
 
     Examples:
       himoe bench train
@@ -259,10 +256,9 @@ class BenchTrain(_Bench):
 
 @dataclass(kw_only=True)
 class BenchModel(_Bench):
-    """Time whole training steps: our model, and the same one with transformers' grouped_mm experts.
+    """Time whole training steps: our model, and with transformers' experts.
 
-    Same weights, same tokens, in turns; beside the ratio stands what Amdahl's law
-    allows for it. Needs transformers: pip install 'himoe[bench]'.
+    Same weights and tokens; beside the ratio stands what Amdahl's law allows.
 
     Examples:
       himoe bench model --threads 2
@@ -317,7 +313,7 @@ class BenchModel(_Bench):
 
 @dataclass(kw_only=True)
 class BenchDoctor(Verb):
-    """Say which expert kernel runs on this machine and why, and what it is made of.
+    """Say which expert kernel runs on this machine, and what else it has.
 
     Examples:
       himoe bench doctor
@@ -337,7 +333,7 @@ class BenchDoctor(Verb):
 
 @dataclass(kw_only=True)
 class Bench(Verb):
-    """Measure speed: the expert layer, a training step, a model, and what this machine can do.
+    """Measure speed against others, and see where a step's time goes.
 
     Verbs:
       layer    the expert layer against its peers, right before fast
@@ -351,8 +347,7 @@ class Bench(Verb):
       himoe bench model --quick
       himoe bench doctor
 
-    `himoe bench VERB --help` explains one. docs/benchmarks.md explains every
-    number.
+    `himoe bench VERB --help` explains one, docs/benchmarks.md every number.
     """
 
     def run(self, command: list[str]) -> int:  # noqa: ARG002

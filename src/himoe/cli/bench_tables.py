@@ -38,35 +38,36 @@ def print_layer(console: Console, result: Mapping[str, Any]) -> None:
 def _print_ratios(console: Console, rows: list[Mapping[str, Any]]) -> None:
     peers = list(dict.fromkeys(peer for row in rows for one in row["backends"].values() for peer in one["ratio_vs"]))
     console.print("[bold]Time of the peer over ours[/bold], above 1 ours is faster", highlight=False)
-    table = simple_table("shape", ["T, D, F, E, K", "dtype", "routing", "backend", *peers])
+    table = simple_table("case", ["backend", *peers])
     for row in rows:
-        shape, first = row["shape"], True
-        sizes = " ".join(str(shape[letter]) for letter in "TDFEK")
+        case = case_name(row)
         for backend, one in row["backends"].items():
             cells = [_number(one["ratio_vs"].get(peer)) for peer in peers]
-            name = f"[bold]{backend}[/bold]" if backend == row["backend"] else backend
-            about = [shape["name"], sizes, row["dtype"], row["routing"]] if first else [""] * 4
-            table.add_row(*about, name, *cells)
-            first = False
+            table.add_row(case, f"[bold]{backend}[/bold]" if backend == row["backend"] else backend, *cells)
+            case = ""
     console.print(table)
     console.print("in bold: the backend that the layer takes by itself, or the one asked for.", style="dim")
-    console.print("dense: one network of the same active FLOPs; the ratio is the fraction of its speed.", style="dim")
+    console.print("dense: one network of the same active FLOPs; the fraction of its speed.", style="dim")
     console.print()
 
 
 def _print_times(console: Console, rows: list[Mapping[str, Any]]) -> None:
     console.print("[bold]Forward and backward[/bold]", highlight=False)
-    columns = ["min ms", "median ms", "CPU ms", "repeats", "GFLOP/s", "peak MiB", "saved MiB", "error"]
-    table = simple_table("who", columns)
+    columns = ["min ms", "median", "CPU ms", "runs", "GFLOP/s", "peak MiB", "saved", "error"]
     for row in rows:
-        table.add_row(f"[bold]{case_name(row)}[/bold]", *[""] * len(columns))
+        sizes = " ".join(f"{letter} {row['shape'][letter]}" for letter in "TDFEK")
+        _line(console, f"\n[bold]{case_name(row)}[/bold], {sizes}, largest load {row['largest_load']:.1f}× the mean")
+        table = simple_table("", columns)
+        for column, width in zip(table.columns, (10, 8, 8, 8, 4, 7, 8, 6, 5), strict=True):
+            column.min_width = width  # so that the tables of all cases stand in line
         for name, one in row["times"].items():
             numbers = [one["minimum_ms"], one["median_ms"], one["cpu_ms"]]
             cells = [f"{number:,.1f}" for number in numbers] + [str(one["repeats"])]
             cells += [f"{one[key]:,.1f}" for key in ("gflops", "peak_mib", "saved_mib")] + [f"{one['error']:.0e}"]
-            table.add_row(f"  {name}", *cells)
-    console.print(table)
-    console.print("peak: beyond what was held before. saved: kept from forward for backward.", style="dim")
+            table.add_row(name, *cells)
+        console.print(table)
+    console.print()
+    console.print("peak: beyond what was held before. saved: MiB kept from forward for backward.", style="dim")
     console.print("error: worst row of output and gradients against fp64.", style="dim", highlight=False)
     console.print()
 
