@@ -50,3 +50,15 @@ def test_the_examples_run(folder, monkeypatch):
     assert len(ran) == 4 and ran[-1] == "python"
     sys.modules.pop("third_party", None), sys.modules.pop("third_party.annealed", None)
     assert len((ROOT / "examples/README.md").read_text().splitlines()) <= 40  # one screen
+
+
+def test_the_page_of_the_benchmarks_runs_and_names_every_shape(folder):
+    from himoe.bench.shapes import FULL, FULL_GPU, SHAPES
+
+    ran = page("docs/benchmarks.md", folder).run()
+    assert [words.split()[1:3] for words in ran] == [["bench", "layer"], ["bench", "doctor"]]
+    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    for name, _, _ in FULL:
+        shape = SHAPES[name].record()
+        assert f"| `{name}` | {', '.join(str(shape[letter]) for letter in 'TDFEK')} |" in text
+    assert all(f"`{name}`" in text or name.startswith("qwen3") for name, _, _ in FULL_GPU)

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -111,8 +112,16 @@ def race(
 
 
 def matmul_gflops(dtype: torch.dtype, device: str = "cpu") -> float:
-    """Return the rate of one large product, the best of a few, in GFLOP/s: what the machine reaches at most."""
-    size = 8192 if device == "cuda" else 512  # some CPUs take a second for a larger one in bf16
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = min(time_one(lambda: left @ right, device)[0] for _ in range(4))
-    return 2 * size**3 / best / 1e9
+    """Return the rate of one square product in GFLOP/s, the best of ten: what the machine reaches at most.
+
+    As large as takes a few milliseconds: some CPUs need a second for a small product in bf16.
+    """
+    size = 256
+    while True:
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        product = partial(torch.mm, left, right)
+        product()
+        if size == 8192 or time_one(product, device)[0] > 0.005:
+            break
+        size *= 2
+    return 2 * size**3 / min(time_one(product, device)[0] for _ in range(10)) / 1e9

@@ -20,6 +20,7 @@ from himoe.bench.peers import PEERS, Peer
 from himoe.bench.problem import Choice, Problem, answer, make_problem
 from himoe.bench.ratios import ratios
 from himoe.bench.shapes import Shape
+from himoe.errors import ConfigError
 from himoe.kernels import backend_status, choose_backend, expert_mlp
 
 QUICK_SECONDS = 4.0
@@ -67,7 +68,7 @@ def ours(problem: Problem, backend: str) -> Contestant:
         raise CannotRunError(reason)
     chosen = choose_backend(backend, problem.x, problem.up_proj, problem.down_proj)
     if chosen != backend:
-        raise CannotRunError(f"does not take this shape or dtype; {chosen} would run")
+        raise CannotRunError(f"does not take this shape, dtype or device; {chosen} would run")
     arguments = (problem.x, problem.expert_ids, problem.weights, problem.kept, problem.up_proj, problem.down_proj)
     return Contestant(problem, partial(expert_mlp, *arguments, backend=backend))
 
@@ -150,7 +151,7 @@ def _gate(problem: Problem, settings: Settings, say: Callable[[str], object]) ->
                 expected if contestant.problem is problem else answer(contestant.problem),
                 field,
             )
-        except CannotRunError as error:
+        except (CannotRunError, ConfigError) as error:
             field.not_run[name] = str(error)
             continue
         except (RuntimeError, ImportError, AttributeError, TypeError, NotImplementedError, ValueError) as error:

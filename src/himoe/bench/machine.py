@@ -11,7 +11,8 @@ import torch
 
 from himoe.bench.clock import matmul_gflops
 from himoe.bench.problem import DTYPES
-from himoe.kernels import backend_status, choose_backend
+from himoe.errors import ConfigError
+from himoe.kernels import BACKENDS, backend_status, choose_backend
 from himoe.train.environment import describe_environment
 
 PACKAGES = ("numpy", "triton", "transformers", "st-moe-pytorch", "liger-kernel", "scattermoe", "sonic-moe")
@@ -49,7 +50,7 @@ def diagnosis() -> dict[str, Any]:
     """Return which backend `auto` takes for which device, dtype and shape, and what it is made of."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     choices = [
-        {"device": device, "dtype": dtype, "shape": name, "backend": _choice(device, dtype, sizes)}
+        {"device": device, "dtype": dtype, "shape": name, **_choices(device, dtype, sizes)}
         for device in devices
         for dtype in DTYPES
         for name, sizes in SAMPLES.items()
@@ -68,12 +69,19 @@ def diagnosis() -> dict[str, Any]:
     }
 
 
-def _choice(device: str, dtype: str, sizes: tuple[int, int, int, int]) -> str:
-    """Return what `auto` takes; nothing is computed."""
+def _choices(device: str, dtype: str, sizes: tuple[int, int, int, int]) -> dict[str, Any]:
+    """Return what `auto` takes, and all that could be taken; nothing is computed."""
     tokens, dim, hidden, experts = sizes
     x = torch.empty(tokens, dim, dtype=DTYPES[dtype], device=device)
     up, down = x.new_empty(experts, 2 * hidden, dim), x.new_empty(experts, dim, hidden)
-    return choose_backend("auto", x, up, down)
+
+    def takes(backend: str) -> bool:
+        try:
+            return choose_backend(backend, x, up, down) == backend
+        except ConfigError:  # one that needs a package says so
+            return False
+
+    return {"backend": choose_backend("auto", x, up, down), "possible": [name for name in BACKENDS if takes(name)]}
 
 
 def compiler() -> dict[str, str | None]:

@@ -173,6 +173,8 @@ class BenchLayer(_Bench):
                     line.update(f"{where} · {what}")
 
                 rows.append(measure(shape, dtype, routing, settings, choice=choice, say=say))
+                for one in rows[-1]["times"].values():
+                    one["of_product"] = one["gflops"] / rates[dtype]
         return {
             "rows": rows,
             "summary": ratios.summarize(rows),

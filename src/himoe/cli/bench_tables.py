@@ -22,10 +22,9 @@ def print_layer(console: Console, result: Mapping[str, Any]) -> None:
     _print_summary(console, result)
     for name, reason in result["unavailable"].items():
         _line(console, f"[bold]{name}[/bold] {escape(reason)}")
-    for row in rows:
-        for name, reason in row["not_run"].items():
-            if name not in result["unavailable"]:
-                _line(console, f"not timed: {case_name(row)}: [bold]{name}[/bold] {escape(reason)}")
+    for (name, reason), cases in _not_timed(result).items():
+        where = cases[0] if len(cases) == 1 else f"{len(cases)} cases, the first {cases[0]}"
+        _line(console, f"[bold]{name}[/bold] not timed in {where}: {escape(reason)}")
     if result["left_out"]:
         _line(console, f"left out, the two minutes were over: {', '.join(result['left_out'])}")
     if result["bf16_left_out"]:
@@ -33,6 +32,16 @@ def print_layer(console: Console, result: Mapping[str, Any]) -> None:
     for row in rows:
         for name, complaint in row["failed"].items():
             _line(console, f"[bold red]wrong[/bold red] {case_name(row)}: [bold]{name}[/bold] {escape(complaint)}")
+
+
+def _not_timed(result: Mapping[str, Any]) -> dict[tuple[str, str], list[str]]:
+    """Return who was not timed and why, with the cases; not those that this machine lacks."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in result["rows"]:
+        for name, reason in row["not_run"].items():
+            if name not in result["unavailable"]:
+                found.setdefault((name, reason), []).append(case_name(row))
+    return found
 
 
 def _print_ratios(console: Console, rows: list[Mapping[str, Any]]) -> None:
@@ -81,6 +90,9 @@ def _print_summary(console: Console, result: Mapping[str, Any]) -> None:
             _line(console, f"{backend} vs {peer}: {means}, {escape(worst)}")
     for backend, one in result["skew"].items():
         _line(console, f"{backend}: Zipf's law takes at most {one['worst']:.2f}× the uniform time, {one['worst_case']}")
+    for backend in result["summary"]:
+        rates = [row["times"][backend]["of_product"] for row in result["rows"] if backend in row["times"]]
+        _line(console, f"{backend}: {min(rates):.0%} to {max(rates):.0%} of the rate of one large product")
     console.print()
 
 
@@ -154,9 +166,10 @@ def print_diagnosis(console: Console, found: Mapping[str, Any]) -> None:
     for name, reason in found["backends"].items():
         _line(console, f"  {name:<10} {escape(reason) if reason else 'can run'}")
     console.print("\n[bold]What auto takes[/bold]", highlight=False)
-    table = simple_table("device", ["dtype", "shape", "backend"])
+    table = simple_table("device", ["dtype", "shape", "auto takes", "possible"])
     for choice in found["choices"]:
-        table.add_row(*(choice[key] for key in ("device", "dtype", "shape", "backend")))
+        cells = [choice[key] for key in ("device", "dtype", "shape", "backend")]
+        table.add_row(*cells, ", ".join(choice["possible"]))
     console.print(table)
     console.print("\n[bold]Machine[/bold]", highlight=False)
     compiler, rates = found["compiler"], found["matmul_gflops"]
