@@ -169,7 +169,11 @@ class BenchLayer(_Bench):
                 if self.quick and rows and time.monotonic() - started > QUICK_TOTAL_SECONDS:
                     break
 
-                def say(what: str, where: str = f"{number} of {len(wanted)}: {shape.name} {dtype} {routing}") -> None:
+                where = f"{number} of {len(wanted)}: {shape.name} {dtype} {routing}"
+                if not console.is_terminal:
+                    Console(stderr=True).print(where, highlight=False, markup=False)
+
+                def say(what: str, where: str = where) -> None:
                     line.update(f"{where} · {what}")
 
                 rows.append(measure(shape, dtype, routing, settings, choice=choice, say=say))
