@@ -101,7 +101,6 @@ def test_every_part_is_seen_and_they_add_up(sets):
         "router",
         "dispatch",
         "experts",
-        "head",
         "loss",
         "optimizer",
         "balancers",

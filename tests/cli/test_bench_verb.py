@@ -118,7 +118,7 @@ def test_a_wrong_peer_is_an_exit_status_of_its_own(capsys, wrong_peer):
 
 
 def test_quick_ends_in_time_and_says_what_it_left_out(capsys, monkeypatch):
-    monkeypatch.setattr("himoe.cli.bench.QUICK_TOTAL_SECONDS", -1.0)
+    monkeypatch.setattr("himoe.cli.bench_layer.QUICK_TOTAL_SECONDS", -1.0)
     two = ["--routing", "uniform", "--routing", "zipf"]
     status, out, _ = bench(capsys, "layer", *TINY, *two, "--peer", "dense", "--quick", "--json")
     found = json.loads(out)

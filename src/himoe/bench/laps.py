@@ -8,6 +8,7 @@ away. What is recomputed in backward counts for its module. What the trainer its
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -23,7 +24,7 @@ from himoe.types import Routing
 
 REST = "rest"
 PARTS = (
-    "attention", "router", "dispatch", "experts", "dense layers", "head", "loss", "optimizer", "balancers",
+    "attention", "router", "dispatch", "experts", "dense layers", "loss", "optimizer", "balancers",
     "statistics", "data", REST,
 )  # fmt: skip
 
@@ -124,8 +125,12 @@ def _parts_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, bool]]:
         feed_forward = getattr(module, "feed_forward", None)
         if isinstance(feed_forward, nn.Module) and not isinstance(feed_forward, MoE):
             yield feed_forward, "dense layers", True
-    if isinstance(head := getattr(model, "head", None), nn.Module):
-        yield head, "head", True
+
+
+def _loss_begins(laps: Laps, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+    """From the last norm on it is the loss, the head's product in it, until backward comes back here."""
+    laps.switch("loss")
+    return _Mark.apply(output, laps, REST) if output.requires_grad else None
 
 
 @contextmanager
@@ -134,8 +139,8 @@ def following(trainer: Trainer, laps: Laps) -> Iterator[None]:
     with ExitStack() as stack:
         for module, part, marks in _parts_of(trainer.model):
             _Follower(laps, part, marks=marks).on(module, stack)
-        # From the model's end on it is the loss, until backward comes to the head.
-        stack.callback(trainer.model.register_forward_hook(lambda *_: laps.switch("loss") and None).remove)
+        if isinstance(norm := getattr(trainer.model, "norm", None), nn.Module):
+            stack.callback(norm.register_forward_hook(partial(_loss_begins, laps)).remove)
         for owner, method, part in _methods(trainer):
             stack.enter_context(patch.object(owner, method, laps.around(part, getattr(owner, method))))
         balancers = {"observe": "balancers", "step": "balancers", "aux_losses": "loss"}
