@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 
-from himoe.plan.shape import Experts, Layer, Shape
+from himoe.plan.shape import Experts, Layer, Network, Shape
 
 ROLES = (
     "input_embedding", "head", "attention", "attention_scores", "router", "experts", "shared_expert", "dense", "norms",
@@ -168,4 +168,5 @@ def _pool_products(part: Experts, index: int, dim: int) -> Fraction:
 def _not_recomputed(layer: Layer, dim: int) -> Fraction:
     """Return the multiply-adds at the end of a layer that its gradients do not need the result of."""
     part = layer.feed_forward
-    return Fraction(part.hidden_dim * dim) if not isinstance(part, Experts) else Fraction()
+    last = part.shared if isinstance(part, Experts) and not part.shared_gate else part
+    return Fraction(last.hidden_dim * dim) if isinstance(last, Network) else Fraction()
