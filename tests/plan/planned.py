@@ -2,7 +2,11 @@
 
 from himoe.config import Config, load_config
 
-POOLS = [{"num_experts": 4, "expert_dim": 24}, {"num_experts": 8, "expert_dim": 12}, {"num_experts": 4, "experts": "zero"}]
+POOLS = [
+    {"num_experts": 4, "expert_dim": 24},
+    {"num_experts": 8, "expert_dim": 12},
+    {"num_experts": 4, "experts": "zero"},
+]
 VARIANTS: dict[str, dict] = {
     **{name: {"preset": name} for name in (
         "hi_moe", "hi_moe_paper", "hi_moe_official", "moge", "switch", "loss_free", "deepseek_v3", "glm4_moe", "mixtral",

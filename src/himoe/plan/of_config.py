@@ -32,9 +32,7 @@ def shape_of(config: Config, vocab_size: int | None = None) -> Shape:
     """
     model, count = config.model, len(config.moe_layer_indices)
     head_dim = model.dim // model.num_heads
-    attention = Attention(
-        model.num_heads, model.num_kv_heads, head_dim, qk_norm=2 * head_dim if model.qk_norm else 0
-    )
+    attention = Attention(model.num_heads, model.num_kv_heads, head_dim, qk_norm=2 * head_dim if model.qk_norm else 0)
     layers = []
     if count < model.num_layers:
         layers.append(Layer(model.num_layers - count, attention, Network(model.ffn_dim, MATRICES[model.ffn])))
@@ -109,9 +107,7 @@ def _contiguous(sizes: tuple[int, ...]) -> list[range]:
     return [range(*ends) for ends in itertools.pairwise(itertools.accumulate(sizes, initial=0))]
 
 
-def _used(
-    pools: list[int], places: int, groups: list[Any], per_group: tuple[int, ...] | None
-) -> list[Fraction]:
+def _used(pools: list[int], places: int, groups: list[Any], per_group: tuple[int, ...] | None) -> list[Fraction]:
     """Return how many experts of each pool a token uses: exactly where every group lies within a pool."""
     if len(pools) > 1 and per_group is not None:
         pool_of = [pool for pool, number in enumerate(pools) for _ in range(number)]
