@@ -48,8 +48,8 @@ MODELS: dict[str, dict] = {
 }
 
 
-def planned(variant: str, **train) -> Config:
-    """Return the tiny recipe in one of the variants."""
+def planned(variant: str, *, model: dict | None = None, **train) -> Config:
+    """Return the tiny recipe in one of the variants, with other keys of `model` and of `train`."""
     overrides = {"moe": {"allow_non_causal": True, "force": True, "expert_dim": 16, **VARIANTS.get(variant, {})}}
-    model = {"dim": 32, "num_layers": 2, "ffn_dim": 40, **MODELS.get(variant, {})}
-    return load_config("lm_tiny", overrides={**overrides, "model": model, "train": train})
+    sizes = {"dim": 32, "num_layers": 2, "ffn_dim": 40, **MODELS.get(variant, {}), **(model or {})}
+    return load_config("lm_tiny", overrides={**overrides, "model": sizes, "train": train})

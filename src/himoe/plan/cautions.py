@@ -60,10 +60,10 @@ def _of_ranks(experts: Experts, ranks: Ranks) -> Iterator[str]:
 
 
 def _of_drops(experts: Experts, config: Config, ranks: Ranks) -> Iterator[str]:
-    factor, train = config.moe.capacity_factor, config.train
+    factor = config.moe.capacity_factor
     if factor is None:
         return
-    tokens = train.batch_size // (train.accumulate * ranks.dp) * train.seq_len
+    tokens = ranks.rows(config.train) * config.train.seq_len
     even, uneven = (expected_drop(experts, factor, tokens, cv=cv) for cv in (0.0, UNEVEN))
     if uneven > WORTH_A_WORD:
         yield (

@@ -34,17 +34,30 @@ class Ranks:
     ep: int = 1
     shard: bool = False
 
-    def check(self, shape: Shape, train: TrainConfig) -> None:
-        """Raise ConfigError for numbers that do not divide."""
+    def rows(self, train: TrainConfig) -> int:
+        """Return the sequences of a micro-batch on one rank.
+
+        As `train.accumulate` says, where that divides over the ranks; else the most that are no more than that, with
+        other micro-batches in a step, at least one.
+
+        Raises:
+            ConfigError: numbers that do not divide each other or the batch.
+
+        >>> from himoe.config import load_config
+        >>> train = load_config("olmoe_7b").train  # 1024 sequences, 4 of them at once
+        >>> Ranks(dp=2).rows(train), Ranks(dp=64).rows(train)
+        (2, 1)
+        """
         if self.dp < 1 or self.ep < 1 or self.dp % self.ep:
             raise ConfigError(f"--dp {self.dp} --ep {self.ep}: both must be ≥ 1, and ep must divide dp")
-        if train.batch_size % (train.accumulate * self.dp):
-            raise ConfigError(
-                f"--dp {self.dp}: train.batch_size ({train.batch_size}) must be a multiple of train.accumulate "
-                f"({train.accumulate}) times that; choose another of the three"
-            )
-        pools = () if shape.experts is None else shape.experts.pools
-        for pool in pools:
+        if train.batch_size % self.dp:
+            raise ConfigError(f"--dp {self.dp}: must divide train.batch_size ({train.batch_size})")
+        share = train.batch_size // self.dp
+        return next(rows for rows in range(max(1, share // train.accumulate), 0, -1) if share % rows == 0)
+
+    def check_experts(self, experts: Experts) -> None:
+        """Raise ConfigError for experts that cannot be shared out equally."""
+        for pool in experts.pools:
             if pool.network and pool.num_experts % self.ep:
                 raise ConfigError(f"--ep {self.ep}: must divide the number of experts ({pool.num_experts})")
 
@@ -76,23 +89,26 @@ class Memory:
     activations_by_recompute: dict[str, int]
 
 
-def memory(shape: Shape, train: TrainConfig, ranks: Ranks, *, documents: bool = True) -> Memory:
+def memory(shape: Shape, train: TrainConfig, ranks: Ranks | None = None, *, documents: bool = True) -> Memory:
     """Return the memory of one rank.
 
     Args:
         shape: of the model.
         train: sizes of a batch, optimizer, precision, recompute.
-        ranks: how the model is spread.
+        ranks: how the model is spread; one rank by default.
         documents: whether attention gets a mask that ends at the borders of documents.
 
     Raises:
         ConfigError: ranks that do not divide the batch or the experts.
     """
-    ranks.check(shape, train)
+    ranks = Ranks() if ranks is None else ranks
+    rows = ranks.rows(train)
+    if shape.experts is not None:
+        ranks.check_experts(shape.experts)
     counts = parameters(shape)
     held = _held(counts, ranks)
     hidden = _hidden_matrices(shape, counts, ranks)
-    tokens = train.batch_size // (train.accumulate * ranks.dp) * train.seq_len
+    tokens = rows * train.seq_len
     kept = {mode: _activations(shape, train, mode, tokens, documents) for mode in ("none", "selective", "full")}
     parts = {
         "weights": FP32 * held,
@@ -136,13 +152,14 @@ def _copies(shape: Shape, train: TrainConfig, ranks: Ranks) -> int:
     weights two layers are whole, the one that runs and the one that is fetched meanwhile.
     """
     size = BF16 if train.precision == "bf16" else FP32
-    layers = [layer.count * [size * _layer_matrices(layer, shape.dim, ranks.ep)] for layer in shape.layers]
-    each = [number for group in layers for number in group]
+    layers = {layer: size * _layer_matrices(layer, shape.dim, ranks.ep) for layer in shape.layers}
     if ranks.shard:
-        return 2 * max(each)
+        return 2 * max(layers.values())
     if train.precision == "fp32":
         return 0
-    return max(each) if train.recompute != "none" else sum(each)
+    if train.recompute != "none":
+        return max(layers.values())
+    return sum(layer.count * number for layer, number in layers.items())
 
 
 def _layer_matrices(layer: Layer, dim: int, ep: int) -> int:
@@ -203,7 +220,7 @@ def _outputs(network: Network) -> int:
 
 def _routing(part: Experts) -> int:
     """Return the bytes of a token's scores, in the router and in its losses, and of its choice, about."""
-    return 5 * FP32 * part.num_experts + part.top_k * (INT64 + 1 + 5 * FP32)
+    return 4 * FP32 * part.num_experts + part.top_k * (INT64 + 1 + 5 * FP32)
 
 
 def _full_layer(layer: Layer, dim: int, size: int) -> int:  # noqa: ARG001
@@ -220,7 +237,8 @@ def _selective_layer(layer: Layer, dim: int, size: int) -> int:
     if isinstance(part, Network):
         return _full_layer(layer, dim, size) + kept + size * _outputs(part)
     kept += FP32 * part.num_experts
-    kept += sum(size * part.top_k * _outputs(pool.network) for pool in part.pools if pool.network)
+    networks = [pool.network for pool in part.pools if pool.network]
+    kept += size * (sum(part.top_k * _outputs(network) for network in networks) + dim * (len(networks) - 1))
     if part.shared is not None:
         kept += size * (_outputs(part.shared) + dim)
     return _full_layer(layer, dim, size) + kept

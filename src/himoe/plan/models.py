@@ -38,7 +38,7 @@ def model_names() -> list[str]:
 
 def _table(name: str) -> dict[str, Any]:
     if name not in _tables():
-        raise ConfigError(f"no model {name!r}; known: {', '.join(_tables())}{nearest(name, _tables())}")
+        raise ConfigError(f"no model {name!r}; known: {', '.join(_tables())}{nearest(name, model_names())}")
     return _tables()[name]
 
 

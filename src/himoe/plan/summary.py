@@ -59,7 +59,7 @@ def summarize(
             "optimizer": train.optimizer,
             "recompute": train.recompute,
         },
-        "memory": {**asdict(ranks), **asdict(held)},
+        "memory": {**asdict(ranks), "sequences": ranks.rows(train), **asdict(held)},
         "routing": None if shape.experts is None else _routing(shape.experts, train, ranks, config),
         "warnings": list(cautions(shape, counts, train, ranks, config)),
     }
@@ -101,9 +101,8 @@ def _shape(shape: Shape) -> dict[str, Any]:
 
 
 def _routing(experts: Experts, train: TrainConfig, ranks: Ranks, config: Config | None) -> dict[str, Any]:
-    step, micro = train.batch_size * train.seq_len, train.batch_size // train.accumulate * train.seq_len
+    step, local = train.batch_size * train.seq_len, ranks.rows(train) * train.seq_len
     factor = None if config is None else config.moe.capacity_factor
-    local = micro // ranks.dp
     exact = {which: combinations(experts, flat=flat) for which, flat in (("flat", True), ("grouped", False))}
     logs = {which: log2_combinations(experts, flat=flat) for which, flat in (("flat", True), ("grouped", False))}
     return {
