@@ -9,8 +9,8 @@ POOLS = [
 ]
 VARIANTS: dict[str, dict] = {
     **{name: {"preset": name} for name in (
-        "hi_moe", "hi_moe_paper", "hi_moe_official", "moge", "switch", "loss_free", "deepseek_v3", "glm4_moe", "mixtral",
-        "olmoe", "qwen3_moe", "st_moe", "switch_transformers", "remoe", "expert_choice",
+        "hi_moe", "hi_moe_paper", "hi_moe_official", "moge", "switch", "loss_free", "deepseek_v3", "glm4_moe",
+        "mixtral", "olmoe", "qwen3_moe", "st_moe", "switch_transformers", "remoe", "expert_choice",
     )},
     "expert_scale": {"preset": "hi_moe", "options": {"expert_scale": True}},
     "remoe_max_k": {"preset": "remoe", "options": {"max_k": 5}},

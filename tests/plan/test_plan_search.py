@@ -50,7 +50,7 @@ def test_slices_of_a_model_with_groups_biases_and_dense_layers():
 
 @pytest.mark.parametrize("variant", [["moe.every=0"], ["moe.pools=[{num_experts=4}, {num_experts=4, expert_dim=8}]"]])
 def test_only_experts_of_one_kind_are_sliced(variant):
-    with pytest.raises(ConfigError, match="need a model with experts of one kind"):
+    with pytest.raises(ConfigError, match="need a model with experts"):
         sliced(shape_of(load_config("lm_tiny", sets=variant)), sparsity=Fraction(2))
 
 
@@ -72,7 +72,7 @@ def test_budgets_are_read(text, limits):
 
 @pytest.mark.parametrize("text", ["active", "active=", "active=0", "active=-5M", "active=5X", "memory=5GiBB", "=5", ""])
 def test_budgets_that_are_none(text):
-    with pytest.raises(ConfigError, match="^--budget"):
+    with pytest.raises(ConfigError, match=r"^--budget"):
         parse_budget(text)
 
 
@@ -145,7 +145,7 @@ def test_without_an_active_budget_every_width_is_tried():
     [["moe.pools=[{num_experts=8}]"], ["moe.groups=[[0,1,2,3],[4,5,6,7]]"], ["moe.every=0"], ["moe.layers=[0]"]],
 )
 def test_what_is_not_searched_is_refused(sets):
-    with pytest.raises(ConfigError, match="^--budget searches "):
+    with pytest.raises(ConfigError, match=r"^--budget searches "):
         search(load_config("lm_tiny", sets=sets), {"active": 1e6})
 
 

@@ -87,7 +87,7 @@ class Plan(Verb):
             found: dict[str, Any] = {"first": first, "second": second}
             self._show(found, lambda: print_comparison(console, first, second))
         elif self.budget:
-            config, limits = load_config(self.recipe, sets=self.changes), parse_budget(self.budget)
+            limits, config = parse_budget(self.budget), _with_vocabulary(load_config(self.recipe, sets=self.changes))
             found = as_document(search(config, limits, self._ranks()), limits, config)
             self._show(found, lambda: print_search(console, found))
         else:
@@ -135,6 +135,15 @@ def _ratio(name: str, text: str | None) -> Fraction | None:
     if value is not None and value <= 0:
         raise ConfigError(f"{name} is {text!r}; it must be a number above 0, such as 4 or 1/8")
     return value
+
+
+def _with_vocabulary(config: Config) -> Config:
+    """Return the configuration with the number of tokens in the place of a tokenizer that is there already."""
+    found = _vocab_size(config, None)
+    if found is None:
+        return config
+    data = config.data.model_copy(update={"tokenizer": "bpe", "vocab_size": found})
+    return config.model_copy(update={"data": data})
 
 
 def _vocab_size(config: Config, source: str | None) -> int | None:

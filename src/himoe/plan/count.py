@@ -136,7 +136,7 @@ def flops(shape: Shape, seq_len: int, recompute: str = "none") -> Flops:
         recompute: `none`, `selective`, which keeps the results of all products, or `full`, which computes the layers
             again up to their last product.
     """
-    products = dict.fromkeys(ROLES, Fraction())
+    products: dict[str, Fraction] = dict.fromkeys(ROLES, Fraction())
     products["head"] += shape.vocab_size * shape.dim
     last = Fraction()
     for layer in shape.layers:

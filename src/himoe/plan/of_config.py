@@ -30,14 +30,15 @@ def shape_of(config: Config, vocab_size: int | None = None) -> Shape:
     Raises:
         ConfigError: experts of a reader's own, or a tokenizer of which only its file knows the size.
     """
-    model, count = config.model, len(config.moe_layer_indices)
+    model, moe = config.model, config.moe
+    count = (model.num_layers // moe.every if moe.every else 0) if moe.layers is None else len(moe.layers)
     head_dim = model.dim // model.num_heads
     attention = Attention(model.num_heads, model.num_kv_heads, head_dim, qk_norm=2 * head_dim if model.qk_norm else 0)
     layers = []
     if count < model.num_layers:
         layers.append(Layer(model.num_layers - count, attention, Network(model.ffn_dim, MATRICES[model.ffn])))
     if count:
-        layers.append(Layer(count, attention, experts_of(config.moe, model.dim)))
+        layers.append(Layer(count, attention, experts_of(moe, model.dim)))
     return Shape(
         name=config.name,
         vocab_size=_vocab_size(config) if vocab_size is None else vocab_size,

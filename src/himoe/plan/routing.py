@@ -7,6 +7,8 @@ from himoe.plan.shape import Experts
 
 EXACT_UP_TO = 4096
 """Experts of a layer for which combinations are counted exactly, not by logarithms alone."""
+MOST_PRODUCTS = 10**6
+"""Products of large numbers that a count may take."""
 UNEVEN = 0.3
 """Coefficient of variation of the experts' load in a layer that is balanced as well as is usual (Hi-MoE's tables)."""
 
@@ -26,7 +28,7 @@ def log2_combinations(experts: Experts, *, flat: bool = False) -> float:
 
 
 def combinations(experts: Experts, *, flat: bool = False) -> int | None:
-    """Return the number of sets of experts that a token can have, None for more than 4,096 experts."""
+    """Return the number of sets of experts that a token can have, None where it takes long to count them."""
     if experts.num_experts > EXACT_UP_TO:
         return None
     if not flat and experts.group_top_k is not None:
@@ -36,9 +38,11 @@ def combinations(experts: Experts, *, flat: bool = False) -> int | None:
     return math.comb(experts.num_experts, experts.mean_top_k)
 
 
-def _in_few_groups(experts: Experts, keep: int) -> int:
+def _in_few_groups(experts: Experts, keep: int) -> int | None:
     """Return how many sets of K experts lie in `keep` of the equal groups, or in fewer."""
     size, number, k = experts.group_sizes[0], len(experts.group_sizes), experts.mean_top_k
+    if min(keep, k) * k * min(size, k) > MOST_PRODUCTS:
+        return None
     ways = [1] + [0] * k  # sets of n experts that meet each of j groups, from j = 0 on
     total = 0
     for met in range(1, min(keep, k) + 1):

@@ -126,10 +126,10 @@ def search(config: Config, limits: dict[str, float], ranks: Ranks | None = None)
     fitting = [found for one in _candidates(config, limits) if (found := _measured(*one, limits, ranks))]
     best = _pareto(fitting)
     if not best:
+        given = ",".join(f"{name}={value:g}" for name, value in limits.items())
         raise ConfigError(
-            f"--budget {','.join(f'{name}={value:g}' for name, value in limits.items())}: no shape fits; raise a limit, "
-            f"or change what the recipe sets: a vocabulary of {shape_of(config).vocab_size:,}, and "
-            f"{config.train.batch_size} sequences of {config.train.seq_len} tokens in a step"
+            f"--budget {given}: no shape fits; raise a limit, or change what the recipe sets: a vocabulary of "
+            f"{shape_of(config).vocab_size:,}, {config.train.batch_size} sequences of {config.train.seq_len} tokens a step"
         )
     return sorted(best, key=lambda found: (-found.total, -found.log2_combinations))
 
