@@ -60,6 +60,18 @@ def test_sets_of_experts_are_those_that_can_be_chosen(moe, allowed):
     assert log2_combinations(found) == pytest.approx(math.log2(possible))
 
 
+@pytest.mark.parametrize(
+    "moe", [{"preset": "remoe"}, {"preset": None, "selector": "top_p"}, {"preset": "expert_choice"}]
+)
+@pytest.mark.parametrize("max_k", [2, 6])
+def test_sets_of_any_number_of_experts(moe, max_k):
+    where = "options" if moe["preset"] else "selector_options"
+    found = experts(num_experts=6, top_k=2, **moe, **{where: {"max_k": max_k}})
+    every = [chosen for size in range(1, max_k + 1) for chosen in itertools.combinations(range(6), size)]
+    assert combinations(found) == combinations(found, flat=True) == len(every)
+    assert log2_combinations(found, flat=True) == pytest.approx(math.log2(len(every)))
+
+
 def test_sets_of_more_experts_than_can_be_counted_are_known_by_their_logarithm():
     many = experts(preset="switch", num_experts=2**20, top_k=8)
     assert combinations(many) is None

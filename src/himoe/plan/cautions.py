@@ -24,10 +24,14 @@ def cautions(
     """Yield a line for everything that is likely not meant."""
     feed_forward = sum(counts.active_by_role.get(role, 0) for role in ("experts", "shared_expert", "dense"))
     if feed_forward < SMALL_FFN * counts.active:
+        embeddings = counts.active - counts.active_without_embeddings
+        advice = "make them wider"
+        if 2 * embeddings > counts.active:
+            share = embeddings / counts.active
+            advice = f"embeddings are {share:.0%}: use a smaller vocabulary, tie them, or widen the model"
         yield (
-            f"feed-forward networks are {feed_forward / counts.active:.1%} of the active parameters: most of the rest "
-            "is embeddings, so that experts change little; use a smaller vocabulary, tie the embeddings, or widen the "
-            "model"
+            f"feed-forward networks are {feed_forward / counts.active:.1%} of the active parameters, so that experts "
+            f"change little; {advice}"
         )
     if shape.experts is None:
         return

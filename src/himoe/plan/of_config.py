@@ -77,6 +77,7 @@ def experts_of(moe: MoEConfig, dim: int) -> Experts:
         keep_groups=_kept_groups(moe),
         shared=Network(moe.shared_dim, MATRICES.get(moe.experts, 3)) if moe.shared_dim else None,
         shared_gate=moe.shared_gate,
+        any_number=router_name(moe) in UP_TO_ALL,
     )
 
 

@@ -20,27 +20,40 @@ def log2_combinations(experts: Experts, *, flat: bool = False) -> float:
         experts: of a layer.
         flat: as if the K came from all experts alike.
     """
+    if experts.any_number:
+        return _log2(combinations(experts))
     if flat or (experts.group_top_k is None and experts.keep_groups is None):
-        return _log2_comb(experts.num_experts, experts.mean_top_k)
+        return _log2_comb(experts.num_experts, experts.top_k)
     if experts.group_top_k is not None:
         return sum(map(_log2_comb, experts.group_sizes, experts.group_top_k))
-    return _log2(combinations(experts)) if experts.num_experts <= EXACT_UP_TO else math.nan
+    return _log2(combinations(experts))
 
 
 def combinations(experts: Experts, *, flat: bool = False) -> int | None:
     """Return the number of sets of experts that a token can have, None where it takes long to count them."""
     if experts.num_experts > EXACT_UP_TO:
         return None
+    if experts.any_number:
+        return _of_any_number(experts.num_experts, experts.top_k)
     if not flat and experts.group_top_k is not None:
         return math.prod(map(math.comb, experts.group_sizes, experts.group_top_k))
     if not flat and experts.keep_groups is not None:
         return _in_few_groups(experts, experts.keep_groups)
-    return math.comb(experts.num_experts, experts.mean_top_k)
+    return math.comb(experts.num_experts, experts.top_k)
+
+
+def _of_any_number(num_experts: int, most: int) -> int:
+    """Return how many sets hold at least one of the experts and at most so many."""
+    total, sets = 0, 1
+    for number in range(1, most + 1):
+        sets = sets * (num_experts - number + 1) // number
+        total += sets
+    return total
 
 
 def _in_few_groups(experts: Experts, keep: int) -> int | None:
     """Return how many sets of K experts lie in `keep` of the equal groups, or in fewer."""
-    size, number, k = experts.group_sizes[0], len(experts.group_sizes), experts.mean_top_k
+    size, number, k = experts.group_sizes[0], len(experts.group_sizes), experts.top_k
     if min(keep, k) * k * min(size, k) > MOST_PRODUCTS:
         return None
     ways = [1] + [0] * k  # sets of n experts that meet each of j groups, from j = 0 on

@@ -129,7 +129,7 @@ def search(config: Config, limits: dict[str, float], ranks: Ranks | None = None)
         given = ",".join(f"{name}={value:g}" for name, value in limits.items())
         raise ConfigError(
             f"--budget {given}: no shape fits; raise a limit, or change what the recipe sets: a vocabulary of "
-            f"{shape_of(config).vocab_size:,}, {config.train.batch_size} sequences of {config.train.seq_len} tokens a step"
+            f"{shape_of(config).vocab_size:,}, steps of {config.train.batch_size} × {config.train.seq_len} tokens"
         )
     return sorted(best, key=lambda found: (-found.total, -found.log2_combinations))
 

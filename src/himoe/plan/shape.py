@@ -75,6 +75,7 @@ class Experts:
         keep_groups: groups that a token's experts may come from; None for all.
         shared: the shared expert.
         shared_gate: whether it is weighed by a gate of D weights.
+        any_number: whether a token may have fewer than K experts.
     """
 
     pools: tuple[Pool, ...]
@@ -87,6 +88,7 @@ class Experts:
     keep_groups: int | None = None
     shared: Network | None = None
     shared_gate: bool = False
+    any_number: bool = False
 
     @property
     def num_experts(self) -> int:
