@@ -23,10 +23,10 @@ class NoTorch:
 sys.meta_path.insert(0, NoTorch())
 from himoe.cli import main
 for arguments, code in [
+    (["plan"], 0), (["plan", "--model", "deepseek_v3"], 0), (["plan", "--budget", "active=5M"], 0),
     (["--help"], 0), (["train", "--help"], 0), (["list"], 0), (["list", "presets"], 0), (["--version"], 0),
     (["help", "eval"], 0),
     (["train", "--set", "moe.top_k=99"], 2), (["eval", "nowhere"], 2), (["trian"], 2), (["list", "lm_tiny"], 0),
-    (["plan"], 0), (["plan", "--model", "deepseek_v3"], 0), (["plan", "--budget", "active=5M"], 0),
     (["list", "two_levl"], 2), (["check", "causality", "nowhere"], 2),
 ]:
     assert main(arguments) == code, arguments
