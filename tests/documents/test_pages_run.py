@@ -7,6 +7,10 @@ import sys
 import pytest
 from pages import ROOT, Page
 
+from himoe.cli import main
+from himoe.cli.amounts import count
+from himoe.plan import model_names, named_shape, parameters
+
 pytestmark = pytest.mark.filterwarnings("ignore::himoe.errors.HimoeWarning")
 
 
@@ -27,6 +31,20 @@ def page(name, folder):
 
 def test_the_python_of_the_readme_runs(folder):
     assert page("README.md", folder).run(("python",)) == ["python", "python"]
+
+
+def test_the_page_of_plans_runs_and_shows_what_is_printed(folder, monkeypatch, capsys):
+    ran = page("docs/plan.md", folder).run()
+    assert [words.split()[1] for words in ran[:-1]] == ["plan"] * 6 and ran[-1] == "python"
+    text = (ROOT / "docs/plan.md").read_text(encoding="utf-8")
+    monkeypatch.setenv("COLUMNS", "118")
+    assert main(["plan", "lm_demo"]) == 0
+    shown = text.partition("```text\n$ himoe plan lm_demo\n")[2].partition("```")[0]
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == shown.splitlines()
+    counts = {name: parameters(named_shape(name)) for name in model_names()}
+    for name, of in counts.items():
+        four = of.total, of.active, of.active_without_input_embedding, of.active_without_embeddings
+        assert f"| `{name}` | {' | '.join(map(count, four))} |\n" in text
 
 
 def test_the_howto_of_a_new_balancer_runs(folder):

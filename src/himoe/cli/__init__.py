@@ -19,6 +19,7 @@ from himoe.cli.evaluate import Eval
 from himoe.cli.generate import Generate
 from himoe.cli.listing import List
 from himoe.cli.parsing import parse
+from himoe.cli.plan import Plan
 from himoe.cli.prepare import Prepare
 from himoe.cli.report import Report
 from himoe.cli.train import Train
@@ -30,6 +31,7 @@ VERBS = {
     "eval": Eval,
     "generate": Generate,
     "report": Report,
+    "plan": Plan,
     "check": Check,
     "bench": Bench,
     "list": List,
@@ -51,6 +53,7 @@ Examples:
   himoe train                         about 5 minutes on text you already have
   himoe train lm_tiny --out runs/try  20 steps, to try things out
   himoe eval runs/try                 its held-out bits per byte again
+  himoe plan lm_small                 what a model costs, before it is built
   himoe list balancers                what can be put in a configuration
 
 `himoe help VERB` explains a verb, with examples; `himoe --version` names the

@@ -80,7 +80,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if d_x is not None:
                 d_x[here] = narrow @ head
             if d_weight is not None and dtype == wide:
-                d_weight.addmm_(narrow.T, rows)
+                torch.addmm(d_weight, narrow.T, rows, out=d_weight)  # FlopCounterMode does not know addmm_
             elif d_weight is not None:
                 d_weight += narrow.T @ rows
         ctx.save_for_backward(d_x, None if d_weight is None else d_weight.to(weight.dtype))

@@ -6,18 +6,10 @@ import warnings
 import torch
 
 from himoe.balance import Balancer, DualAscent, Schedule, TwoLevelTerms
+from himoe.bounds import MAX_RATIO, SPREAD_LOGITS, step_fault
 from himoe.errors import ConfigError, GuardError, HimoeWarning
 from himoe.functional.bound import name_of
-from himoe.functional.scores import sigmoid
 from himoe.nn.router import ScoreFunction
-
-MAX_RATIO = 2.5  # λ_intra/α; on a toy, CV inside a group was .17 at 1, .28 at 2.5, and one expert took all at 10
-MAX_STEP = 0.25
-"""Bias step over the spread of the scores. With softmax scores u = 1e-3 did harm from E = 512 on, together with a large
-auxiliary loss, and none at E = 256 (arXiv 2605.11689): that is 0.39 and 0.2 of the spread √(e − 1)/E of unit-normal
-logits' scores. The bound lies between."""
-SPREAD_LOGITS = 2**16  # logits that a spread is measured on
-TINY = 1e-300
 
 
 def check_guards(
@@ -137,20 +129,9 @@ def _balances_by_other_means(part: Balancer) -> bool:
 
 def _warn_of_step(part: Balancer, step: float, score: ScoreFunction, num_experts: int) -> None:
     mean, spread = score_spread(score, num_experts)
-    if part.bias_multiplies and mean:
-        spread /= mean
-    if num_experts == 1 or step <= MAX_STEP * spread:
-        return
-    relative = " relative to their mean" if part.bias_multiplies else ""
-    other = "" if score is sigmoid else ", or scores that lie further apart, such as sigmoid"
-    warnings.warn(
-        f"{type(part).__name__}: the bias moves by {step:g} a step, {step / max(spread, TINY):.3g} times the spread"
-        f"{relative} {spread:.3g} of {name_of(score)} scores over {num_experts} experts (standard deviation, for "
-        f"unit-normal logits), so that it decides instead of the score; use a rate below "
-        f"{MAX_STEP * spread:.2g}{other}",
-        HimoeWarning,
-        stacklevel=4,
-    )
+    facts = {"score": name_of(score), "num_experts": num_experts, "multiplies": part.bias_multiplies}
+    if fault := step_fault(step, mean, spread, **facts):
+        warnings.warn(f"{type(part).__name__}: {fault}", HimoeWarning, stacklevel=4)
 
 
 @torch.no_grad()

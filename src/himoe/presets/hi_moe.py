@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 from himoe.balance import Balancer, DualAscent, LogitCorrection, Schedule, Switch, TwoLevelTerms, ZLoss
+from himoe.bounds import MAX_RATIO
 from himoe.errors import ConfigError
 from himoe.nn import Router
 from himoe.presets.grouped import GroupList, grouped_router, resolve_groups
-from himoe.presets.guards import MAX_RATIO, check_guards
+from himoe.presets.guards import check_guards
 
 
 def hi_moe(
