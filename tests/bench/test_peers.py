@@ -17,7 +17,7 @@ INSTALLED = [name for name, peer in PEERS.items() if peer.missing("cpu") is None
 
 
 def settings(**changes):
-    known = {"backends": ["loop"], "peers": [], "seconds": 0.0}
+    known = {"backends": ["loop"], "backend": "loop", "peers": [], "seconds": 0.0}
     return Settings(**(known | changes))
 
 

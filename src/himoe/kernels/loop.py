@@ -89,7 +89,7 @@ def forward(
         _products(x_here.split(sizes), ups, hidden[here].split(sizes))
         unit = act.forward(hidden[here].to(dtype)).mul_(weight_of_row[here])
         _products(unit.split(sizes), downs, out[here].split(sizes))
-    return _sum_pairs(out, rows, top_k), hidden
+    return sum_pairs(out, rows, top_k), hidden
 
 
 def backward(
@@ -135,15 +135,15 @@ def backward(
         if d_up is not None:
             x_here = _gather(x, tokens, space).to(dtype)  # d_y is done with
             _products(d_hidden.T.split(sizes, 1), x_here.split(sizes), d_up[experts].unbind())
-    d_x = None if d_row is None else _sum_pairs(d_row, rows, top_k)
+    d_x = None if d_row is None else sum_pairs(d_row, rows, top_k)
     d_weights = None
     if d_weight_of_row is not None:
         d_weights = d_weight_of_row[rows.row_of_pair].view_as(weights).to(weights.dtype)
     return d_x, d_weights, d_up, d_down
 
 
-def _sum_pairs(values: Tensor, rows: SortedPairs, top_k: int) -> Tensor:
-    """Add up each token's K sorted rows, (T·K, D) → (T, D): a gather, hence deterministic, not an index_add."""
+def sum_pairs(values: Tensor, rows: SortedPairs, top_k: int) -> Tensor:
+    """Add up each token's K sorted rows, (T·K, D) → (T, D): a gather, hence deterministic. Sets unkept rows to 0."""
     values[int(rows.offsets[-1]) :] = 0  # rows of unkept pairs, which nobody wrote
     if not values.is_cpu or values.dtype == torch.float16:
         return values[rows.row_of_pair].unflatten(0, (-1, top_k)).sum(1)
