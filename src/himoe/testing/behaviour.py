@@ -34,6 +34,7 @@ from himoe.build.calling import construct, try_out
 from himoe.config.loading import parse_sets
 from himoe.errors import ConfigError
 from himoe.functional import stats
+from himoe.functional.bound import unbound
 from himoe.functional.groups import Groups
 from himoe.nn import MoE, Router, SwiGLUExperts
 
@@ -75,13 +76,14 @@ class Strategy:
             selector = _bound("selectors", self.name, self.options)
         else:
             selector = _bound("selectors", self.around.get("selector", "top_k"))
+        score = _bound("scores", self.around.get("score", "softmax"))
         return Router(
             _call("gates", self.around.get("gate", "linear")),
             selector,
             num_experts=E,
-            score=_bound("scores", self.around.get("score", "softmax")),
+            score=score,
             balancer=balancer,
-            renormalize=self.around.get("renormalize", True),
+            renormalize=getattr(unbound(score), "renormalize", True),
         )
 
 
