@@ -128,8 +128,8 @@ def test_sums_in_fp64_keep_small_logits_beside_a_large_one():
     ("options", "text"),
     [
         ({"mean_from": "next"}, "mean_from = 'next' must be previous or same_batch"),
-        ({"beta": 1.0}, "beta = 1.0 must be in"),
-        ({"beta": -0.1}, "beta = -0.1 must be in"),
+        ({"beta": 1.0}, r"beta = 1.0 in \[0, 1\)"),
+        ({"beta": -0.1}, r"beta = -0.1 in \[0, 1\)"),
         ({"temperature": 0.0}, "temperature = 0.0 above 0"),
     ],
 )

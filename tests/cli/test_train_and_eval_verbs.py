@@ -172,7 +172,7 @@ def test_dry_run_prints_a_file_that_gives_the_same_configuration(calls, capsys, 
     ("sets", "text"),
     [
         (["moe.selector=top_p", "moe.selector_options={q=1}"], "moe.selector 'top_p': unknown option q = 1"),
-        (["moe.selector=expert_choice"], "expert_choice: not causal as configured"),
+        (["moe.selector=expert_choice"], "not causal as configured"),
         (["moe.options={lambda=1}"], "unknown option lambda = 1"),
         (["moe.selector=top_k", 'moe.balancers=[{name="load"}]'], 'moe.gate = "noisy"'),
         (["moe.selector=replay", "moe.selector_options={expert_ids=[[1]]}"], "expert_ids is a tensor"),

@@ -180,3 +180,9 @@ def test_a_broken_balancer_is_caught_and_named(broken):
         check_balancer(broken)
     assert str(caught.value).startswith(f"{broken.__name__}: ")
     assert BROKEN[broken] in str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(registry.BALANCERS))
+def test_every_entry_with_losses_says_their_names(name):
+    balancer = registry.load("balancers", name)
+    assert bool(balancer.loss_names) == (balancer.losses is not Balancer.losses)

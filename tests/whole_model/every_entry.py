@@ -72,6 +72,8 @@ def _config(table: str, name: str, **moe: Any) -> Any:
         tree = {"selector": "top_k"} | tree
     model = {"num_layers": 3, "dim": D, "ffn_dim": 12}
     changes = {"allow_non_causal": True, **tree, **OPTIONS.get((table, name), {}), **sizes, **moe}
+    if pools := changes.get("pools"):  # a card's, for as many experts as there are
+        changes["pools"] = [pool | {"num_experts": changes["num_experts"] // len(pools)} for pool in pools]
     return load_config("lm_tiny", overrides={"model": model, "moe": changes})
 
 

@@ -33,6 +33,9 @@ class Balancer(nn.Module):
     balances_load: ClassVar[bool] = False
     """True for a strategy that by itself drives the experts towards equal load."""
 
+    loss_names: ClassVar[tuple[str, ...]] = ()
+    """Names of all losses that it may return; what is not stated is not checked."""
+
     alpha: float | None = None
     """Weight of a loss that near balance pulls as `Switch` of this weight does; None for all other strategies."""
 

@@ -8,7 +8,7 @@ C_ov = 1 − A ≤ ε_intra on overlap inside them, and keeps the multipliers fi
 The second constraint is not convex in the probabilities, so no optimality is claimed.
 """
 
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -50,6 +50,8 @@ class DualAscent(Balancer):
 
     State: `multipliers` (2,) fp32, λ_intra and λ_inter.
     """
+
+    loss_names: ClassVar[tuple[str, ...]] = ("intra", "inter")
 
     multipliers: Tensor
 

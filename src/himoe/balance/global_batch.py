@@ -31,6 +31,7 @@ class GlobalBatch(Balancer):
     """
 
     balances_load: ClassVar[bool] = True
+    loss_names: ClassVar[tuple[str, ...]] = ("global_balance",)
     needs_step_counts: bool = True
 
     def __init__(self, *, weight: float = 0.01, source: str = "corrected") -> None:

@@ -28,6 +28,7 @@ class Importance(Balancer):
     """
 
     balances_load: ClassVar[bool] = True
+    loss_names: ClassVar[tuple[str, ...]] = ("importance",)
 
     def __init__(self, *, weight: float = 0.1) -> None:
         super().__init__()

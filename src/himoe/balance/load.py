@@ -33,6 +33,7 @@ class Load(Balancer):
     """
 
     balances_load: ClassVar[bool] = True
+    loss_names: ClassVar[tuple[str, ...]] = ("smooth_load",)
     needs_noise: ClassVar[bool] = True
 
     def __init__(self, *, weight: float = 0.1) -> None:

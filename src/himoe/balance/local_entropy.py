@@ -6,6 +6,8 @@ Alone it does not balance, it lets few experts win; LIMoE has it beside a loss t
 Between 0, all tokens sure, and weight·log E.
 """
 
+from typing import ClassVar
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -23,6 +25,8 @@ class LocalEntropy(Balancer):
         weight: ≥ 0; the default is ours.
         source: whose entropy: `corrected`, the scores divided by their sum, or `raw`, softmax of the gate's logits.
     """
+
+    loss_names: ClassVar[tuple[str, ...]] = ("local_entropy",)
 
     def __init__(self, *, weight: float = 1e-3, source: str = "corrected") -> None:
         super().__init__()

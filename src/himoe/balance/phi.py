@@ -36,6 +36,7 @@ class Phi(Balancer):
     """
 
     balances_load: ClassVar[bool] = True
+    loss_names: ClassVar[tuple[str, ...]] = ("phi",)
     mean_probabilities: Tensor
 
     def __init__(

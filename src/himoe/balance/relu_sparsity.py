@@ -18,6 +18,8 @@ instance is given to several layers: then it has one λ and their mean S. Losses
 the place of the paper's λ/L; the controller finds its size by itself.
 """
 
+from typing import ClassVar
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -42,6 +44,8 @@ class ReluSparsity(Balancer):
 
     State: `multiplier` () fp32, λ.
     """
+
+    loss_names: ClassVar[tuple[str, ...]] = ("relu_sparsity",)
 
     multiplier: Tensor
 

@@ -53,14 +53,15 @@ class Schedule(Balancer):
         if steps < 1:
             raise ConfigError(f"schedule {kind}: steps = {steps} must be at least 1")
         parts = [part for part in balancer.modules() if isinstance(part, Balancer) and not part.passes_on]
-        losses = any(type(part).losses is not Balancer.losses for part in parts)
-        has = {"losses": losses, "moves": any(map(_moves, parts))}
+        lossy = [part for part in parts if type(part).losses is not Balancer.losses]
+        named = {name for part in lossy for name in part.loss_names}
+        if only is not None and all(part.loss_names for part in lossy) and not named.issuperset(only):
+            raise ConfigError(f"schedule {kind}: only = {only!r} must be some of ({', '.join(sorted(named))})")
+        has = {"losses": bool(lossy), "moves": any(map(_moves, parts))}
         if scales is None:
             scales = "losses" if has["losses"] or only is not None else "moves"
         if scales not in self.SCALES:
             raise ConfigError(f"schedule {kind}: scales = {scales!r} must be one of {', '.join(self.SCALES)}")
-        if isinstance(only, str):
-            raise ConfigError(f"schedule {kind}: only = {only!r} must be a list of names, such as ({only!r},)")
         if scales == "moves" and only is not None:
             raise ConfigError(f"schedule {kind}: only = {only} names losses; leave it out with scales = 'moves'")
         if not has[scales]:
@@ -97,11 +98,11 @@ class Schedule(Balancer):
         """Return the balancer's losses, multiplied by the factor where they are what is scaled."""
         if self.scales == "moves":
             return self.balancer.losses(routing)
-        factor, values = self.factor(), self.balancer.losses(routing)
-        scaled = set(values if self.only is None else self.only)
-        if unknown := ", ".join(sorted(scaled - set(values))):
-            raise ConfigError(f"schedule {self.kind}: only names {unknown}; the losses are {', '.join(values)}")
-        return {name: value * factor if name in scaled else value for name, value in values.items()}
+        factor = self.factor()
+        return {
+            name: value * factor if self.only is None or name in self.only else value
+            for name, value in self.balancer.losses(routing).items()
+        }
 
     def observe(self, routing: Routing) -> None:
         """Pass on."""

@@ -24,6 +24,7 @@ class SequenceBalance(Balancer):
     """
 
     balances_load: ClassVar[bool] = True
+    loss_names: ClassVar[tuple[str, ...]] = ("sequence_balance",)
 
     def __init__(self, *, weight: float = 1e-4, source: str = "corrected") -> None:
         super().__init__()

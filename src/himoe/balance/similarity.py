@@ -8,6 +8,8 @@ of `frobenius` is E²/D − E, at rows that form a tight frame. We divide by the
 by the size of the gate. It looks at no token: similar tokens keep similar experts, and nothing makes the loads equal.
 """
 
+from typing import ClassVar
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -26,6 +28,8 @@ class Similarity(Balancer):
         weight: the default is ours.
         norm: `frobenius`, squared, or `l1`, see above.
     """
+
+    loss_names: ClassVar[tuple[str, ...]] = ("router_similarity",)
 
     def __init__(self, *, weight: float = 0.01, norm: str = "frobenius") -> None:
         super().__init__()

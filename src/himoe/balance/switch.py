@@ -27,6 +27,7 @@ class Switch(Balancer):
     """
 
     balances_load: ClassVar[bool] = True
+    loss_names: ClassVar[tuple[str, ...]] = ("load_balance",)
 
     def __init__(self, *, weight: float = 0.01, source: str = "corrected") -> None:
         super().__init__()

@@ -16,6 +16,8 @@ With `global` the published coefficients reward putting all of a token's mass on
 inside each group and leaves the masses alone.
 """
 
+from typing import ClassVar
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -41,6 +43,8 @@ class TwoLevelTerms(Balancer):
         source: `raw`, softmax of the gate's logits, or `corrected`, the scores after every adjustment of the logits.
             `sparse` and `selected` look at what was selected, hence always at corrected probabilities.
     """
+
+    loss_names: ClassVar[tuple[str, ...]] = ("intra", "inter")
 
     def __init__(
         self,

@@ -1,5 +1,7 @@
 """The router z-loss of ST-MoE (arXiv 2202.08906): weight · mean logsumexp(logits)²."""
 
+from typing import ClassVar
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -15,6 +17,8 @@ class ZLoss(Balancer):
     Args:
         weight: 1e-3 in the paper.
     """
+
+    loss_names: ClassVar[tuple[str, ...]] = ("z_loss",)
 
     def __init__(self, *, weight: float = 1e-3) -> None:
         super().__init__()

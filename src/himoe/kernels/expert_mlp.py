@@ -73,14 +73,6 @@ def backend_status() -> dict[str, str | None]:
     return {name: getattr(backend, "unavailable", lambda: None)() for name, backend in BACKENDS.items()}
 
 
-def backend_status() -> dict[str, str | None]:
-    """Return for every backend why it cannot run on this machine, None where it can.
-
-    A backend that needs something, such as a compiler or a GPU, has a function `unavailable() -> str | None`.
-    """
-    return {name: getattr(backend, "unavailable", lambda: None)() for name, backend in BACKENDS.items()}
-
-
 def _check_shapes(x: Tensor, up_proj: Tensor, down_proj: Tensor, activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise ConfigError(f"activation = {activation!r}: must be {' or '.join(ACTIVATIONS)}")

@@ -99,18 +99,15 @@ def _refuse_collapse(parts: list[Balancer], force: bool) -> None:
 
 
 def _steps_of(part: Balancer, parts: list[Balancer]) -> tuple[float, float]:
-    """Return from which optimizer step on a part acts in full, and until which, by the schedules around it.
-
-    Of a schedule of some losses only, those that are not the two terms are taken for every other loss in it.
-    """
+    """Return from which optimizer step on a part acts in full, and until which, by the schedules around it."""
     start, end = 0.0, math.inf
     for schedule in parts:
         if not isinstance(schedule, Schedule) or all(part is not inner for inner in schedule.modules()):
             continue
-        terms = {"intra"} if isinstance(part, TwoLevelTerms) else set(schedule.only or ()) - {"intra", "inter"}
         if (schedule.scales == "losses") != (type(part).losses is not Balancer.losses):
             continue
-        if schedule.only is not None and not terms & set(schedule.only):
+        scaled = part.loss_names[:1] if schedule.only is None else schedule.only
+        if part.loss_names and part.loss_names[0] not in scaled:  # of the two terms, the one inside groups
             continue
         if schedule.kind == "off_after":
             end = min(end, schedule.steps)

@@ -50,6 +50,8 @@ def check_losses(bench: Bench) -> None:
     for name, value in named.items():
         bench.expect(value.shape == () and bool(value.isfinite()), f"loss {name} is not a finite scalar: {value}")
         bench.expect(value.dtype in (torch.float32, torch.float64), f"loss {name} is {value.dtype}, not fp32")
+    unsaid = ", ".join(set(named) - set(router.balancer.loss_names)) if router.balancer.loss_names else ""
+    bench.expect(not unsaid, f"loss_names leaves out {unsaid}")
     total = loss_of(router.balancer, routing)
     if named:
         bench.expect(total.requires_grad, "the losses carry no gradient, so they train nothing")
