@@ -56,7 +56,8 @@ def _renormalizes(moe: MoEConfig, selector: Callable[..., Any], score: Callable[
 
 def _warn_of_what_cannot_learn(moe: MoEConfig, router: Router) -> None:
     parts = [part for part in router.balancer.modules() if isinstance(part, Balancer) and part.balances_load]
-    choosy = moe.selector in registry.SELECTORS and moe.top_k < moe.num_experts
+    ours = moe.selector in registry.SELECTORS and moe.score in registry.SCORES  # a reader's own may look at more
+    choosy = ours and moe.top_k < moe.num_experts
     idle = [part for part in parts if choosy and not _moves_choice(part, router)]
     if idle:
         warnings.warn(
@@ -71,7 +72,7 @@ def _warn_of_what_cannot_learn(moe: MoEConfig, router: Router) -> None:
             HimoeWarning,
             stacklevel=3,
         )
-    if moe.top_k == 1 and (router.renormalize or _best_is_always_alike(router)):
+    if moe.top_k == 1 and (router.renormalize or (ours and _best_is_always_alike(router))):
         cause = "moe.renormalize = true" if moe.renormalize else f"moe.score {moe.score!r}"
         warnings.warn(
             f"{cause} with moe.top_k = 1: every weight is 1, so the gate learns nothing from the task; "
@@ -87,28 +88,26 @@ def _moves_choice(part: Balancer, router: Router) -> bool:
 
     A loss moves the scores themselves, through the gate; a bias multiplies them, or is added to them.
     """
-    logits = torch.randn(8, router.num_experts, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-    scores = router.score(logits)
-    factors = torch.arange(1.0, router.num_experts + 1, device="cpu") ** 8
-    if type(part).adjust_choice is Balancer.adjust_choice:
-        moved = router.score(logits.flip(0, 1))
-    else:
-        moved = scores * factors if part.bias_multiplies else scores + factors - factors.mean()
-    context = RouterContext(batch_shape=(len(scores),), token_ids=torch.arange(len(scores), device="cpu"))
-    nothing, choices = (
-        torch.zeros_like(scores, dtype=torch.bool),
-        [router.selector(s, context) for s in (scores, moved)],
-    )
-    before, after = (nothing.scatter(-1, ids, selected) for ids, selected in choices)
-    return not torch.equal(before, after)
+    with torch.device("cpu"):  # also where the model is built on the meta device
+        logits = torch.randn(8, router.num_experts, generator=torch.Generator().manual_seed(0))
+        scores, factors = router.score(logits), torch.arange(1.0, router.num_experts + 1) ** 8
+        if type(part).adjust_choice is Balancer.adjust_choice:
+            moved = router.score(logits.flip(0, 1))
+        else:
+            moved = scores * factors if part.bias_multiplies else scores + factors - factors.mean()
+        context = RouterContext(batch_shape=(len(scores),), token_ids=torch.arange(len(scores)))
+        choices = [router.selector(values, context) for values in (scores, moved)]
+        before, after = (torch.zeros_like(scores, dtype=torch.bool).scatter(-1, *choice) for choice in choices)
+        return not torch.equal(before, after)
 
 
 @torch.no_grad()
 def _best_is_always_alike(router: Router) -> bool:
     """Return whether the best expert of every token has the same score, whatever the logits."""
-    logits = torch.linspace(-3, 3, 7, device="cpu")[:, None] * torch.arange(1.0, router.num_experts + 1, device="cpu")
-    best = router.score(logits).amax(-1)
-    return router.num_experts > 1 and bool((best == best[0]).all())
+    with torch.device("cpu"):
+        logits = torch.linspace(-3, 3, 7)[:, None] * torch.arange(1.0, router.num_experts + 1)
+        best = router.score(logits).amax(-1)
+        return router.num_experts > 1 and bool((best == best[0]).all())
 
 
 def build_groups(moe: MoEConfig) -> Groups:
