@@ -20,13 +20,15 @@ class Activation(NamedTuple):
         rows: rows of the up projection for one unit of the expert's hidden width; H = rows·F.
         forward: the up projection's output (n, H) → the activation (n, F).
         backward: (n, H) and the activation's gradient (n, F) → the gradient of the up projection's output (n, H).
-        both: the arguments of backward → what forward and backward return, where that shares work; else None.
+        shared: hidden → the activation and what `backward` would compute again; None where that is nothing.
+        backward_of_shared: (hidden, what `shared` gave, the activation's gradient) → as `backward`; changes the second.
     """
 
     rows: int
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
-    both: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    shared: Callable[[Tensor], tuple[Tensor, tuple[Tensor, Tensor]]] | None = None
+    backward_of_shared: Callable[[Tensor, tuple[Tensor, Tensor], Tensor], Tensor] | None = None
 
 
 def _swiglu(hidden: Tensor) -> Tensor:
@@ -44,18 +46,24 @@ def _swiglu_backward(hidden: Tensor, grad: Tensor) -> Tensor:
     return out
 
 
-def _swiglu_both(hidden: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """silu = σ·gate and silu' = silu + σ·(1 − silu), from one sigmoid, which costs as much as six products."""
+def _swiglu_shared(hidden: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Return silu·value, σ and silu = σ·gate: one sigmoid, which costs as much as six products."""
     gate, value = hidden.chunk(2, dim=-1)
     sigmoid = torch.sigmoid(gate)
     silu = sigmoid * gate
-    unit = silu * value
+    return silu * value, (sigmoid, silu)
+
+
+def _swiglu_backward_of_shared(hidden: Tensor, shared: tuple[Tensor, Tensor], grad: Tensor) -> Tensor:
+    """silu' = silu + σ·(1 − silu)."""
+    _, value = hidden.chunk(2, dim=-1)
+    sigmoid, silu = shared
     out = torch.empty_like(hidden)
     d_gate, d_value = out.chunk(2, dim=-1)
     torch.mul(grad, silu, out=d_value)
     slope = sigmoid.addcmul_(sigmoid, silu, value=-1).add_(silu)
     torch.mul(slope.mul_(value), grad, out=d_gate)
-    return unit, out
+    return out
 
 
 def _gelu_backward(hidden: Tensor, grad: Tensor) -> Tensor:
@@ -75,7 +83,7 @@ def _relu2_backward(hidden: Tensor, grad: Tensor) -> Tensor:
 
 
 ACTIVATIONS = {
-    "swiglu": Activation(2, _swiglu, _swiglu_backward, _swiglu_both),
+    "swiglu": Activation(2, _swiglu, _swiglu_backward, _swiglu_shared, _swiglu_backward_of_shared),
     "gelu": Activation(1, F.gelu, _gelu_backward),
     "relu": Activation(1, F.relu, _relu_backward),
     "relu2": Activation(1, _relu2, _relu2_backward),

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from himoe.functional.dispatch import SortedPairs
-from himoe.kernels import large_pages
 from himoe.kernels.activation import ACTIVATIONS
 
 ROWS, PART = 2048, 16  # a batch of experts has at most so many rows, and this part of all, or else one expert
@@ -55,7 +54,7 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 
 def _space(batches: list[_Batch], x: Tensor) -> Tensor:
     """Return room for the rows of the longest batch: fresh memory costs page by page."""
-    return large_pages.empty(max(b.rows.stop - b.rows.start for b in batches), x.shape[1], like=x)
+    return x.new_empty(max(b.rows.stop - b.rows.start for b in batches), x.shape[1])
 
 
 def _gather(tokens: Tensor, ids: Tensor, space: Tensor) -> Tensor:
@@ -78,18 +77,17 @@ def forward(
     act, dtype = ACTIVATIONS[activation], _product_dtype(x)
     num_pairs, top_k = rows.pair_of_row.numel(), weights.shape[1]
     token_of_row = rows.pair_of_row // top_k
-    weight_of_row = weights.flatten()[rows.pair_of_row, None].to(dtype)
-    hidden = large_pages.empty(num_pairs, up_proj.shape[1], like=x)
-    out = large_pages.empty(num_pairs, x.shape[1], like=x)
+    hidden = x.new_empty(num_pairs, up_proj.shape[1])
+    out = x.new_empty(num_pairs, x.shape[1])
     batches = list(_batches(rows.offsets))
     space = _space(batches, x)
     for experts, here, sizes in batches:
         ups, downs = (w[experts].transpose(1, 2).unbind() for w in (up_proj, down_proj))
         x_here = _gather(x, token_of_row[here], space).to(dtype)
         _products(x_here.split(sizes), ups, hidden[here].split(sizes))
-        unit = act.forward(hidden[here].to(dtype)).mul_(weight_of_row[here])
+        unit = act.forward(hidden[here].to(dtype))
         _products(unit.split(sizes), downs, out[here].split(sizes))
-    return sum_pairs(out, rows, top_k), hidden
+    return sum_pairs(out, rows, top_k, weights), hidden
 
 
 def backward(
@@ -109,10 +107,10 @@ def backward(
     num_pairs, top_k = rows.pair_of_row.numel(), weights.shape[1]
     token_of_row = rows.pair_of_row // top_k
     weight_of_row = weights.flatten()[rows.pair_of_row, None].to(dtype)
-    d_row = large_pages.empty(num_pairs, x.shape[1], like=x) if need_x else None
+    d_row = x.new_empty(num_pairs, x.shape[1]) if need_x else None
     d_weight_of_row = x.new_zeros(num_pairs, dtype=dtype) if need_weights else None
-    d_up = large_pages.empty(*up_proj.shape, like=up_proj) if need_up else None
-    d_down = large_pages.empty(*down_proj.shape, like=down_proj) if need_down else None
+    d_up = up_proj.new_empty(*up_proj.shape) if need_up else None
+    d_down = down_proj.new_empty(*down_proj.shape) if need_down else None
     batches = list(_batches(rows.offsets))
     space = _space(batches, x)
     for experts, here, sizes in batches:
@@ -120,16 +118,19 @@ def backward(
         d_y = _gather(grad, tokens, space).to(dtype)
         d_unit = d_y.new_empty(d_y.shape[0], down_proj.shape[2])
         _products(d_y.split(sizes), down_proj[experts].unbind(), d_unit.split(sizes))
-        if act.both is not None and (need_x or need_up):
-            unit, d_hidden = act.both(hidden_here, d_unit)
-            d_hidden.mul_(weight)
-        else:
-            unit = act.forward(hidden_here)
-            d_hidden = act.backward(hidden_here, d_unit * weight)
+        unit, shared = act.shared(hidden_here) if act.shared else (act.forward(hidden_here), None)
         if d_weight_of_row is not None:
             torch.linalg.vecdot(d_unit, unit, out=d_weight_of_row[here])
-        if d_down is not None:
-            _products(d_y.T.split(sizes, 1), unit.mul_(weight).split(sizes), d_down[experts].unbind())
+        if d_down is not None:  # the weight goes to the narrower of the two
+            left, right = (d_y.mul_(weight), unit) if d_y.shape[1] < unit.shape[1] else (d_y, unit.mul_(weight))
+            _products(left.T.split(sizes, 1), right.split(sizes), d_down[experts].unbind())
+        if not (need_x or need_up):
+            continue
+        d_unit.mul_(weight)
+        if act.backward_of_shared is not None and shared is not None:
+            d_hidden = act.backward_of_shared(hidden_here, shared, d_unit)
+        else:
+            d_hidden = act.backward(hidden_here, d_unit)
         if d_row is not None:
             _products(d_hidden.split(sizes), up_proj[experts].unbind(), d_row[here].split(sizes))
         if d_up is not None:
@@ -142,9 +143,14 @@ def backward(
     return d_x, d_weights, d_up, d_down
 
 
-def sum_pairs(values: Tensor, rows: SortedPairs, top_k: int) -> Tensor:
-    """Add up each token's K sorted rows, (T·K, D) → (T, D): a gather, hence deterministic. Sets unkept rows to 0."""
-    values[int(rows.offsets[-1]) :] = 0  # rows of unkept pairs, which nobody wrote
-    if not values.is_cpu or values.dtype == torch.float16:
-        return values[rows.row_of_pair].unflatten(0, (-1, top_k)).sum(1)
-    return F.embedding_bag(rows.row_of_pair.view(-1, top_k), values, mode="sum")  # no (T·K, D) copy
+def sum_pairs(values: Tensor, rows: SortedPairs, top_k: int, weights: Tensor | None = None) -> Tensor:
+    """Add up each token's K sorted rows, times weights (T, K) if given: (T·K, D) → (T, D), a gather, no index_add.
+
+    Sets the rows of unkept pairs to 0, which nobody wrote.
+    """
+    values[int(rows.offsets[-1]) :] = 0
+    weights = None if weights is None else weights.to(values.dtype)
+    if values.is_cpu and values.dtype != torch.float16:  # no (T·K, D) copy
+        return F.embedding_bag(rows.row_of_pair.view(-1, top_k), values, mode="sum", per_sample_weights=weights)
+    pairs = values[rows.row_of_pair].unflatten(0, (-1, top_k))
+    return (pairs if weights is None else pairs * weights[..., None]).sum(1)
