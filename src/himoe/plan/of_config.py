@@ -1,7 +1,6 @@
 """The shape of a configuration: what `build/` makes of it, said without building it."""
 
 import itertools
-from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -135,23 +134,40 @@ def _pool(num_experts: int, hidden_dim: int, kind: str, used: Fraction) -> Pool:
 
 def _gate(moe: MoEConfig, dim: int) -> tuple[int, int]:
     """Return multiply-adds and parameters of the gate; one of a reader's own counts as a linear one."""
-    options: Mapping[str, Any] = moe.gate_options
-    if moe.gate == "cosine":
-        width = options.get("proj_dim") or max(moe.num_experts // 2, 2)
-        products = width * (dim + moe.num_experts)
-        return products, products + 1
-    products = moe.num_experts * dim * (2 if moe.gate == "noisy" else 1)
-    return products, products
+    return GATES.get(moe.gate or "", _linear)(moe, dim)
+
+
+def _linear(moe: MoEConfig, dim: int) -> tuple[int, int]:
+    return moe.num_experts * dim, moe.num_experts * dim
+
+
+def _noisy(moe: MoEConfig, dim: int) -> tuple[int, int]:
+    return 2 * moe.num_experts * dim, 2 * moe.num_experts * dim
+
+
+def _cosine(moe: MoEConfig, dim: int) -> tuple[int, int]:
+    width = moe.gate_options.get("proj_dim") or max(moe.num_experts // 2, 2)
+    products = width * (dim + moe.num_experts)
+    return products, products + 1
+
+
+GATES = {"linear": _linear, "noisy": _noisy, "cosine": _cosine}
+EXPERT_SCALE = {"hi_moe_official": True}
+"""Presets whose default learns a factor for every expert."""
+KEEP_GROUPS = {
+    "deepseek_v3": ("keep_groups", 2),
+    "glm4_moe": ("keep_groups", None),
+    "top_k_in_best_groups": ("keep", 2),
+}
+"""What limits a token to few groups: its option, and the part of the groups that stays by default, None for all."""
 
 
 def _has_expert_scale(moe: MoEConfig) -> bool:
-    return bool(moe.options.get("expert_scale", moe.preset == "hi_moe_official"))
+    return bool(moe.options.get("expert_scale", EXPERT_SCALE.get(moe.preset or "", False)))
 
 
 def _kept_groups(moe: MoEConfig) -> int | None:
     """Return how many groups a token's experts may come from, None for all."""
-    if moe.preset == "deepseek_v3":
-        return moe.options.get("keep_groups") or max(1, moe.num_groups // 2)
-    if moe.selector == "top_k_in_best_groups":
-        return moe.selector_options.get("keep") or max(1, moe.num_groups // 2)
-    return moe.options.get("keep_groups") if moe.preset == "glm4_moe" else None
+    option, part = KEEP_GROUPS.get(moe.preset or moe.selector or "", ("", None))
+    given = (moe.options if moe.preset else moe.selector_options).get(option)
+    return given or (max(1, moe.num_groups // part) if part else None)
