@@ -16,7 +16,8 @@ VARIANTS: dict[str, dict] = {
     "remoe_max_k": {"preset": "remoe", "options": {"max_k": 5}},
     "expert_choice_max_k": {"preset": "expert_choice", "options": {"max_k": 5}},
     **{name: {"selector": name} for name in (
-        "top_k", "top_k_in_tiles", "top_k_per_group", "top_k_in_best_groups", "top_p", "threshold", "expert_choice", "sinkhorn", "hash",
+        "top_k", "top_k_in_tiles",
+        "top_k_per_group", "top_k_in_best_groups", "top_p", "threshold", "expert_choice", "sinkhorn", "hash",
         "round_robin",
     )},
     "top_p_max_k": {"selector": "top_p", "selector_options": {"max_k": 3}},
