@@ -13,7 +13,7 @@ MATRICES = {"swiglu": 3, "gelu": 2, "relu": 2, "relu2": 2}
 FREE = {"zero": False, "copy": False, "constant": True}
 """Experts without hidden layer, and whether they hold weights all the same."""
 BYTE_VOCABULARY = 257
-UP_TO_ALL = frozenset({"top_p", "threshold", "expert_choice", "remoe"})
+UP_TO_ALL = frozenset({"top_p", "top_k_in_tiles", "threshold", "expert_choice", "remoe"})
 """Selectors and presets with a place for every expert of a layer, unless `max_k` says otherwise."""
 MEAN_IS_TOP_K = UP_TO_ALL - {"top_p"}
 """Those among them that give a token `moe.top_k` experts on average, by construction or once their loss has acted."""
