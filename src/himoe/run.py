@@ -119,7 +119,8 @@ class _Run:
         _say(self.console, f"resuming {self.out} at step {state['step']}")
         if state["threads"] != (threads := torch.get_num_threads()):
             _say(self.console, f"{state['threads']} threads until now, {threads} from here: rounding may differ")
-        if state["kernels"] != (used := kernels(self.trainer.model)):
+        used = kernels(self.trainer.model, self.trainer.precision)
+        if state.get("kernels", used) != used:
             before, now_ = (", ".join(names) or "none" for names in (state["kernels"], used))
             _say(self.console, f"expert kernels were {before}, are {now_} from here: rounding may differ")
         if state["config"]["data"]["eval_tokens"] == self.config.data.eval_tokens:
@@ -133,11 +134,12 @@ class _Run:
         if resume and path.exists():
             env = run_folder.read_env(self.out)
             restart = {"command": command, "started": now(), "step": self.trainer.steps_done}
+            restart["kernels"] = kernels(self.trainer.model, self.trainer.precision)
             return {"id": run_id, **env, "resumed": [*env.get("resumed", []), restart]}
         return {
             "id": run_id,
             **describe_environment(command),
-            "kernels": kernels(self.trainer.model),
+            "kernels": kernels(self.trainer.model, self.trainer.precision),
             "data": describe_data(self.corpus),
             **({"init_from": self.start.record()} if self.start else {}),
             "parameters": asdict(parameter_counts(self.trainer.model)),

@@ -235,7 +235,53 @@ ERRORS = [
     ({"weights": (7, 4)}, r"weights \(7, 4\)"),
     ({"kept": (6, 2)}, r"kept \(6, 2\)"),
     ({"x": (6, 16)}, r"x \(6, 16\) .* expert_ids \(7, 2\)"),
+    ({"down_proj": (5, 16, 0), "up_proj": (5, 0, 16)}, r"down_proj \(5, 16, 0\) must be \(E, D, F\), none of them 0"),
+    ({"expert_ids": (7, 0), "weights": (7, 0), "kept": (7, 0)}, "with the same T, K ≥ 1"),
 ]
+
+
+@pytest.mark.parametrize("backend", ["auto", "loop", "grouped", "native"])
+@pytest.mark.parametrize("narrow", ["x", "up_proj", "down_proj"])
+def test_tensors_of_several_dtypes_are_refused(backend, narrow):
+    names = ("x", "expert_ids", "weights", "kept", "up_proj", "down_proj")
+    arguments = dict(zip(names, make_case().arguments(torch.float32), strict=True))
+    arguments[narrow] = arguments[narrow].bfloat16()
+    with pytest.raises(ConfigError, match="all must be the same, or use autocast"):
+        expert_mlp(**arguments, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped", "native"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_weight_of_an_unkept_pair_may_be_anything(backend, dtype):
+    x, ids, weights, kept, up, down = make_case(kept="some").arguments(dtype)
+    assert not kept.all()
+    expected = expert_mlp(x, ids, weights, kept, up, down, backend=backend)
+    found = expert_mlp(x, ids, weights.where(kept, torch.nan), kept, up, down, backend=backend)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped"])
+def test_fp16_weighs_before_it_rounds(backend):
+    one = torch.ones(1, 1, dtype=torch.float16)
+    up, down = torch.full((1, 8, 8), 16.0, dtype=torch.float16), torch.full((1, 8, 8), 64.0, dtype=torch.float16)
+    x = torch.ones(1, 8, dtype=torch.float16)
+    y = expert_mlp(x, one.long() * 0, one / 8, one.bool(), up, down, activation="relu", backend=backend)
+    assert y.tolist() == [[8 * 64 * 128 / 8] * 8]  # 65536 before the weight, more than fp16 holds
+
+
+def test_projections_that_are_views_compile():
+    x, ids, weights, kept, up, down = make_case(kept="all").arguments(torch.float32)
+    given = [up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()]
+
+    def gradients(function):
+        leaves = [t.clone().requires_grad_() for t in given]
+        y = function(x, ids, weights, kept, *(t.transpose(1, 2) for t in leaves))
+        return torch.autograd.grad(y.square().sum(), leaves)
+
+    torch.compiler.reset()
+    torch.testing.assert_close(
+        gradients(torch.compile(expert_mlp, fullgraph=True, backend="aot_eager")), gradients(expert_mlp)
+    )
 
 
 @pytest.mark.parametrize(("change", "message"), ERRORS)

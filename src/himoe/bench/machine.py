@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from himoe.bench.clock import matmul_gflops
 from himoe.bench.problem import DTYPES
 from himoe.errors import ConfigError
-from himoe.kernels import BACKENDS, backend_status, choose_backend
+from himoe.kernels import BACKENDS, backend_status, choose_backend, native_build
 from himoe.train.environment import describe_environment
 
 PACKAGES = ("numpy", "triton", "transformers", "st-moe-pytorch", "liger-kernel", "scattermoe", "sonic-moe")
@@ -85,11 +84,12 @@ def _choices(device: str, dtype: str, sizes: tuple[int, int, int, int]) -> dict[
 
 
 def compiler() -> dict[str, str | None]:
-    """Return path and first line of `--version` of the C++ compiler that PyTorch would take."""
-    name = os.environ.get("CXX") or "c++"
-    path = shutil.which(name)
-    if path is None:
-        return {"name": name, "path": None, "version": None}
+    """Return path and first line of `--version` of the C++ compiler that the kernel is built with."""
+    try:
+        path = native_build.find_compiler()
+    except native_build.BuildError:
+        return {"name": os.environ.get("CXX") or "c++", "path": None, "version": None}
+    name = os.path.basename(path)  # noqa: PTH119
     try:
         answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=False).stdout
     except (OSError, subprocess.TimeoutExpired):

@@ -3,7 +3,8 @@
     loss = mean_t (log Σ_v exp(x_t·w_v) − x_t·w_target(t))
 
 A chunk's gradient is known as soon as its logits are, p − 1[v = target], so it is taken in the forward pass and the
-logits are forgotten: beside the gradients of x and of the head, memory for one chunk is all it needs.
+logits are forgotten: beside the gradients of x and of the head, memory for one chunk is all it needs. It has a first
+derivative only: what differentiates its gradient again finds 0.
 """
 
 from typing import Any
@@ -92,4 +93,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         d_x, d_weight = ctx.saved_tensors
         factor = grad / ctx.count
-        return *(None if g is None else g * factor.to(g.dtype) for g in (d_x, d_weight)), None, None, None, None, None
+        return *(None if g is None else g * factor for g in (d_x, d_weight)), None, None, None, None, None

@@ -51,6 +51,12 @@ def expert_mlp(
     _check_pairs(x, expert_ids, weights, kept)
     if (dtype := autocast_dtype(x)) is not None:
         x, up_proj, down_proj = x.to(dtype), up_proj.to(dtype), down_proj.to(dtype)
+    up_proj, down_proj = up_proj.contiguous(), down_proj.contiguous()  # gradients are, and the shape rules say so
+    if not (x.dtype == up_proj.dtype == down_proj.dtype and x.device == up_proj.device == down_proj.device):
+        raise ConfigError(
+            f"expert_mlp: x is {x.dtype} on {x.device}, up_proj {up_proj.dtype} on {up_proj.device}, down_proj "
+            f"{down_proj.dtype} on {down_proj.device}; all must be the same, or use autocast"
+        )
     chosen = choose_backend(backend, x, up_proj, down_proj)
     rows = sort_by_expert(expert_ids, kept, up_proj.shape[0])
     y, _ = _expert_mlp(x.contiguous(), weights.contiguous(), *rows, up_proj, down_proj, activation, chosen)
@@ -76,6 +82,8 @@ def backend_status() -> dict[str, str | None]:
 def _check_shapes(x: Tensor, up_proj: Tensor, down_proj: Tensor, activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise ConfigError(f"activation = {activation!r}: must be {' or '.join(ACTIVATIONS)}")
+    if down_proj.ndim != 3 or 0 in down_proj.shape:
+        raise ConfigError(f"expert_mlp: down_proj {tuple(down_proj.shape)} must be (E, D, F), none of them 0")
     num_experts, width, units = down_proj.shape
     expected = (num_experts, ACTIVATIONS[activation].rows * units, width)
     if up_proj.shape != expected or x.shape[-1] != width:
@@ -87,10 +95,10 @@ def _check_shapes(x: Tensor, up_proj: Tensor, down_proj: Tensor, activation: str
 
 def _check_pairs(x: Tensor, expert_ids: Tensor, weights: Tensor, kept: Tensor) -> None:
     pairs = expert_ids.shape
-    if x.ndim != 2 or pairs[:-1] != x.shape[:1] or weights.shape != pairs or kept.shape != pairs:
+    if x.ndim != 2 or pairs[:-1] != x.shape[:1] or 0 in pairs[1:] or weights.shape != pairs or kept.shape != pairs:
         raise ConfigError(
             f"expert_mlp: x {tuple(x.shape)} must be (T, D), and expert_ids {tuple(pairs)}, "
-            f"weights {tuple(weights.shape)} and kept {tuple(kept.shape)} all (T, K) with the same T"
+            f"weights {tuple(weights.shape)} and kept {tuple(kept.shape)} all (T, K) with the same T, K ≥ 1"
         )
 
 

@@ -86,8 +86,10 @@ def forward(
         x_here = _gather(x, token_of_row[here], space).to(dtype)
         _products(x_here.split(sizes), ups, hidden[here].split(sizes))
         unit = act.forward(hidden[here].to(dtype))
+        if x.dtype == torch.float16:  # what is not weighted yet may be too large for it
+            unit.mul_(weights.flatten()[rows.pair_of_row[here], None].to(dtype))
         _products(unit.split(sizes), downs, out[here].split(sizes))
-    return sum_pairs(out, rows, top_k, weights), hidden
+    return sum_pairs(out, rows, top_k, None if x.dtype == torch.float16 else weights), hidden
 
 
 def backward(
@@ -149,7 +151,8 @@ def sum_pairs(values: Tensor, rows: SortedPairs, top_k: int, weights: Tensor | N
     Sets the rows of unkept pairs to 0, which nobody wrote.
     """
     values[int(rows.offsets[-1]) :] = 0
-    weights = None if weights is None else weights.to(values.dtype)
+    if weights is not None:  # those of unkept pairs may be anything
+        weights = weights.to(values.dtype).where((rows.row_of_pair < rows.offsets[-1]).view_as(weights), 0)
     if values.is_cpu and values.dtype != torch.float16:  # no (T·K, D) copy
         return F.embedding_bag(rows.row_of_pair.view(-1, top_k), values, mode="sum", per_sample_weights=weights)
     pairs = values[rows.row_of_pair].unflatten(0, (-1, top_k))

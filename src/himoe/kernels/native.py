@@ -53,6 +53,7 @@ class _Kernel(NamedTuple):
 
 
 _lock = threading.Lock()
+_PROCESS = os.getpid()
 
 
 @functools.cache
@@ -130,9 +131,15 @@ def unavailable() -> str | None:
     return None if found.available else found.reason
 
 
-def supports(x: Tensor, *_projections: Tensor) -> bool:
+def supports(x: Tensor, *projections: Tensor) -> bool:
     """Return whether the kernel takes this dtype and device, and can run."""
-    return x.device.type == "cpu" and x.dtype in MODES and available(x.dtype)
+    alike = all(p.dtype == x.dtype and p.device == x.device for p in projections)
+    return x.device.type == "cpu" and x.dtype in MODES and alike and available(x.dtype)
+
+
+def _threads() -> int:
+    """Return torch's number of threads; a forked child has none of its parent's, and would wait for them."""
+    return torch.get_num_threads() if os.getpid() == _PROCESS else 1
 
 
 def _group_rows(rows: SortedPairs) -> tuple[int, int]:
@@ -143,7 +150,7 @@ def _group_rows(rows: SortedPairs) -> tuple[int, int]:
     """
     ends = [0, *rows.offsets.tolist()]
     largest = max(end - start for start, end in itertools.pairwise(ends))
-    group = max(largest, ends[-1] * torch.get_num_threads() // 64)
+    group = max(largest, ends[-1] * _threads() // 64)
     return (group, 2 * group) if 2 * group < ends[-1] else (ends[-1], ends[-1])
 
 
@@ -164,7 +171,7 @@ def _run(
     problem = _Problem(
         top_k=weights.shape[1], width=width, rows_up=up.shape[1], units=units, experts=experts, tokens=weights.shape[0],
         mode=_mode(up.dtype), activation=list(ACTIVATIONS).index(activation),
-        threads=torch.get_num_threads(), single_gemm=kernel.single_gemm, set_blas_threads=kernel.set_blas_threads,
+        threads=_threads(), single_gemm=kernel.single_gemm, set_blas_threads=kernel.set_blas_threads,
         **dict(zip(NEEDS, needs, strict=True)),
     )  # fmt: skip
     problem.group_rows = group_rows
@@ -183,7 +190,7 @@ def forward(
     x: Tensor, weights: Tensor, rows: SortedPairs, up_proj: Tensor, down_proj: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
     """Return y (T, D) and the up projection's output (T·K, H), rows in expert order."""
-    if not supports(x):  # a graph exported on a machine that has the kernel
+    if not supports(x, up_proj, down_proj):  # a graph exported on a machine that has the kernel
         return loop.forward(x, weights, rows, up_proj, down_proj, activation)
     num_pairs = rows.pair_of_row.numel()
     y = large_pages.empty(*x.shape, like=x)
@@ -206,7 +213,7 @@ def backward(
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of x, weights, up_proj and down_proj, None where not needed."""
-    if not supports(x):
+    if not supports(x, up_proj, down_proj):
         return loop.backward(grad, x, weights, hidden, rows, up_proj, down_proj, activation, needs)
     need_x, need_weights, need_up, need_down = needs
     num_pairs, units = rows.pair_of_row.numel(), down_proj.shape[2]

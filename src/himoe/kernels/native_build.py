@@ -46,14 +46,17 @@ def library_path(name: str, flags: tuple[str, ...] = FLAGS) -> Path:
     compiler = find_compiler()
     command = [compiler, str(SOURCE / f"{name}.cpp"), *flags]  # sources before libraries, as linkers want it
     key = _key(command)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "himoe"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "himoe"  # noqa: PTH111
     path = cache / f"{name}-{key}.so"
     if path.exists():
         return path
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            _compile(command, Path(folder) / path.name).replace(path)
+            built = _compile(command, Path(folder) / path.name)
+            with built.open("rb") as file:
+                os.fsync(file.fileno())  # or a crash could leave half a library under the final name
+            built.replace(path)
     except OSError as error:
         raise BuildError(f"cannot write {cache}: {error.strerror or error}") from error
     return path
@@ -65,6 +68,8 @@ def _compile(command: list[str], built: Path) -> Path:
         done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True, timeout=300, check=False)
     except subprocess.TimeoutExpired as error:
         raise BuildError(f"{compiler} took longer than {error.timeout:.0f} s") from error
+    except OSError as error:
+        raise BuildError(f"{compiler} does not run: {error}") from error
     if done.returncode:
         lines = (done.stderr.strip() or "no message").splitlines()
         raise BuildError(f"{compiler} failed: {next((line for line in lines if 'error' in line), lines[0])}")
@@ -78,7 +83,7 @@ def _key(command: list[str]) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{command[0]} does not run: {error}") from error
     parts = [*command, version.stdout, torch.__version__, _processor()]
-    parts += [path.read_text() for path in sorted(SOURCE.iterdir()) if path.suffix in (".cpp", ".h")]
+    parts += [path.read_text(encoding="utf-8") for path in sorted(SOURCE.iterdir()) if path.suffix in (".cpp", ".h")]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from himoe.errors import ConfigError
+from himoe.functional.precision import autocast_dtype
 from himoe.kernels import choose_backend, expert_mlp
 from himoe.kernels.activation import ACTIVATIONS
 
@@ -37,9 +38,13 @@ class _Experts(nn.Module):
 
     @property
     def kernel(self) -> str:
-        """The kernel that runs on this machine for weights as they are, which is what `auto` stands for."""
-        x = self.down_proj.new_empty(0, self.dim)
-        return choose_backend(self.backend, x, self.get_parameter(self.up_proj_name), self.down_proj)
+        """The kernel that runs on this machine under the autocast in force, which is what `auto` stands for."""
+        dtype = autocast_dtype(self.down_proj) or self.down_proj.dtype
+        up_proj, down_proj = (
+            weight.new_empty(0, *weight.shape[1:], dtype=dtype)
+            for weight in (self.get_parameter(self.up_proj_name), self.down_proj)
+        )
+        return choose_backend(self.backend, down_proj.new_empty(0, self.dim), up_proj, down_proj)
 
     def forward(
         self,

@@ -33,9 +33,11 @@ def describe_environment(command: list[str] | None) -> dict[str, Any]:
     }
 
 
-def kernels(model: nn.Module) -> list[str]:
+def kernels(model: nn.Module, precision: str) -> list[str]:
     """Return the names of the kernels that the experts of a model run on, in alphabetical order."""
-    found = (getattr(module, "kernel", None) for module in model.modules())
+    device = next(model.parameters()).device.type
+    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+        found = [getattr(module, "kernel", None) for module in model.modules()]
     return sorted({name for name in found if isinstance(name, str)})
 
 

@@ -63,7 +63,6 @@ STATE = {
     "seconds": int | float,
     "step_seconds": int | float,
     "threads": int,
-    "kernels": list,
     "config": Mapping,
     "data_hash": str,
 }
@@ -94,7 +93,7 @@ def save(
             "seconds": seconds,
             "step_seconds": trainer.step_seconds,
             "threads": torch.get_num_threads(),
-            "kernels": kernels(trainer.model),
+            "kernels": kernels(trainer.model, trainer.precision),
             "best": best.record(),
             "config": config,
             "data_hash": data_hash,

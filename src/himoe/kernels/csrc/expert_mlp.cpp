@@ -12,9 +12,6 @@
 #include <atomic>
 #include <thread>
 #include <vector>
-#ifdef __linux__
-#include <unistd.h>
-#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -311,17 +308,11 @@ Int scratch_floats(const Problem& p, const std::vector<Task>& tasks) {
   return round_up(most + 128, 16);  // each piece begins on a cache line
 }
 
-// Runs body(thread) on every thread. A forked child has none of its parent's OpenMP threads, and would wait for them.
+// Runs body(thread) on every thread.
 template <class Body>
 void on_threads(const Problem& p, const Body& body) {
 #ifdef _OPENMP
-#ifdef __linux__
-  static const pid_t loaded_in = getpid();
-  const bool forked = getpid() != loaded_in;
-#else
-  const bool forked = false;
-#endif
-  if (p.threads > 1 && !forked) {
+  if (p.threads > 1) {
 #pragma omp parallel num_threads(int(p.threads))
     body(omp_get_thread_num());
     return;

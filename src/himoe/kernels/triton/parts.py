@@ -44,8 +44,8 @@ def activate(gate, value, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
         return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
     if ACTIVATION == "relu":
-        return tl.maximum(gate, 0.0)
-    positive = tl.maximum(gate, 0.0)  # relu2
+        return tl.where(gate <= 0, 0.0, gate)  # not tl.maximum, which loses a NaN
+    positive = tl.where(gate <= 0, 0.0, gate)  # relu2
     return positive * positive
 
 
@@ -59,8 +59,8 @@ def activate_backward(gate, value, grad, ACTIVATION: tl.constexpr):
         density = 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
         return grad * (0.5 * (1.0 + tl.erf(gate * 0.7071067811865476)) + gate * density), grad
     if ACTIVATION == "relu":
-        return tl.where(gate > 0, grad, 0.0), grad
-    return 2.0 * grad * tl.maximum(gate, 0.0), grad  # relu2
+        return tl.where(gate <= 0, 0.0, grad), grad
+    return 2.0 * grad * tl.where(gate <= 0, 0.0, gate), grad  # relu2
 
 
 @triton.jit
