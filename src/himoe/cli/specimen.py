@@ -88,17 +88,21 @@ def _layer_with(kind: str, name: str) -> Any:
 
 def _part(kind: str, layer: Any) -> Any:
     """Return that of a layer which comes from a table: a module, or a function without its options."""
+    from himoe.functional.bound import unbound
+
     router = layer.router
     if kind == "balancers":
         return router.balancer.parts[0]
     parts = {"gates": router.gate, "selectors": router.selector, "scores": router.score, "experts": layer.experts}
     part = parts.get(kind, router)
-    return getattr(part, "func", part)
+    return unbound(part)
 
 
 def _balances(thing: Any, kind: type) -> bool:
+    from himoe.functional.bound import unbound
+
     parts = [part for part in thing.modules() if isinstance(part, kind)]
-    parts += [getattr(thing.selector, "func", thing.selector)] if hasattr(thing, "selector") else []
+    parts += [unbound(thing.selector)] if hasattr(thing, "selector") else []
     return any(getattr(part, "balances_load", False) for part in parts)
 
 
@@ -118,7 +122,9 @@ def _composition(router: Any) -> dict[str, list[str]]:
 
 
 def _name(table: str, part: Any) -> str:
-    thing = getattr(part, "func", part)
+    from himoe.functional.bound import unbound
+
+    thing = unbound(part)
     made_by = thing if inspect.isfunction(thing) else type(thing)
     own = f"{made_by.__module__}:{made_by.__name__}"
     return next((name for name in TABLES[table] if load(table, name) is made_by), own)

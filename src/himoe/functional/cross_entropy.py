@@ -77,9 +77,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if d_x is None and d_weight is None:
                 continue
             values.exp_().scatter_add_(1, target, values.new_full((), -1).expand_as(target))
-            narrow = values.mul_(real).to(dtype)
+            narrow = values.to(dtype)  # padding has rows of zeros, which give the head no gradient
             if d_x is not None:
-                d_x[here] = narrow @ head
+                d_x[here] = (narrow @ head).where(real, 0)
             if d_weight is not None and dtype == wide:
                 torch.addmm(d_weight, narrow.T, rows, out=d_weight)  # FlopCounterMode does not know addmm_
             elif d_weight is not None:

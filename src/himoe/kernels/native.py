@@ -119,10 +119,13 @@ def _mode(dtype: torch.dtype) -> int:
     return HALF if dtype == torch.bfloat16 and loop.multiplies_bf16() else MODES[dtype]
 
 
-@torch.compiler.assume_constant_result
 def available(dtype: torch.dtype = torch.float32) -> bool:
     """Return whether the kernel can run in this dtype; a constant to a compiled graph."""
     return status(dtype).available
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler, which takes seconds.
+available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unavailable() -> str | None:
