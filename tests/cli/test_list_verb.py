@@ -20,7 +20,7 @@ from himoe.cli.docstrings import read_unimported
 from himoe.config import load_config
 from himoe.errors import ConfigError
 from himoe.nn import SwiGLUExperts, moe_layers, non_causal_parts
-from himoe.registry import GOES_WITH, TABLES, load
+from himoe.registry import TABLES, fact, having, load
 
 pytestmark = pytest.mark.filterwarnings("ignore::himoe.errors.HimoeWarning")
 
@@ -159,9 +159,9 @@ def test_a_card_shows_a_configuration_that_builds_and_names_its_options(capsys, 
         assert bool(given) == any(o.default not in ("none", "must be given") for o in card(table, name).options)
 
 
-@pytest.mark.parametrize(("table", "name"), [(table, name) for table, names in GOES_WITH.items() for name in names])
+@pytest.mark.parametrize(("table", "name"), [(table, name) for table in TABLES for name in having(table, "goes_with")])
 def test_a_card_shows_an_entry_beside_what_it_is_made_for(tmp_path, table, name):
-    wanted = dict(GOES_WITH[table][name])
+    wanted = dict(fact(table, name, "goes_with"))
     (tmp_path / "my.toml").write_text(f'recipe = "lm_tiny"\n{card(table, name).configuration}', encoding="utf-8")
     moe = load_config(tmp_path / "my.toml").moe
     assert wanted.pop("balancer", moe.balancers[0].name) == moe.balancers[0].name

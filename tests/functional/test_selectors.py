@@ -1,5 +1,6 @@
 """Selectors beyond top_k: each against plain loops over odd shapes, and its options by hand."""
 
+import inspect
 import math
 from functools import partial
 
@@ -9,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from himoe.errors import ConfigError
-from himoe.functional import selection
 from himoe.functional.selection import (
     expert_choice,
     hash_tokens,
@@ -21,6 +21,7 @@ from himoe.functional.selection import (
     top_p,
 )
 from himoe.functional.stats import count_pairs, max_vio
+from himoe.registry import SELECTORS, fact, load
 from himoe.types import RouterContext
 
 SHAPES = {"tokens": st.integers(0, 7), "num_experts": st.integers(1, 9), "seed": st.integers(0, 1000)}
@@ -331,13 +332,13 @@ def test_replay_refuses_what_does_not_fit(options, message):
 # what they say of themselves
 
 
-CLAIM = [name for name in selection.__all__ if hasattr(getattr(selection, name), "balances_load")]
+CLAIM = [name for name in SELECTORS if hasattr(load("selectors", name), "balances_load")]
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
 @pytest.mark.parametrize("name", CLAIM)
 def test_who_claims_to_balance_at_least_halves_max_vio_on_skewed_scores(name, k):
-    selector = getattr(selection, name)
+    selector = load("selectors", name)
     for seed in range(5):
         logits = torch.randn(200, 10, generator=torch.Generator().manual_seed(seed)) + torch.linspace(0, 3, 10)
         context = RouterContext(training=True, token_ids=torch.arange(200))
@@ -348,13 +349,8 @@ def test_who_claims_to_balance_at_least_halves_max_vio_on_skewed_scores(name, k)
         assert max_vio(loads[0]) < max_vio(loads[1]) / 2 and max_vio(loads[1]) > 0.5
 
 
-def test_what_selectors_say_of_themselves():
-    said = {
-        attribute: {name for name in selection.__all__ if hasattr(getattr(selection, name), attribute)}
-        for attribute in ("causal", "balances_load", "wanted")
-    }
-    assert said == {
-        "causal": {"expert_choice", "sinkhorn", "top_k_in_tiles"},
-        "balances_load": {"expert_choice", "sinkhorn", "round_robin"},
-        "wanted": {"top_p", "threshold", "expert_choice", "top_k_in_tiles"},
-    }
+@pytest.mark.parametrize("name", SELECTORS)
+def test_a_selector_of_any_number_says_so_in_its_line_and_what_its_rule_wants(name):
+    selector = load("selectors", name)
+    any_number = "max_k" in inspect.signature(selector).parameters
+    assert bool(fact("selectors", name, "any_number")) == any_number == hasattr(selector, "wanted")

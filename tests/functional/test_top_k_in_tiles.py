@@ -11,6 +11,7 @@ from himoe.errors import ConfigError
 from himoe.functional import reference
 from himoe.functional.selection import top_k, top_k_in_tiles
 from himoe.functional.stats import count_pairs
+from himoe.testing import check_selector
 from himoe.types import RouterContext
 
 TRAINING = RouterContext(training=True)
@@ -70,6 +71,11 @@ def test_eval_and_small_batches_are_plain_top_k():
         expected, _ = top_k(scores, context, k=2)
         assert torch.equal(ids[:, :2], expected) and selected[:, :2].all() and not selected[:, 2:].any()
     assert top_k_in_tiles.causal is False and "later tokens" in top_k_in_tiles.causal_reason
+
+
+@pytest.mark.parametrize("options", [{"k": 2, "tile": 4}, {"k": 3, "tile": 8, "max_k": 3}], ids=str)
+def test_its_options_conform(options):
+    check_selector(partial(top_k_in_tiles, **options))
 
 
 def test_what_cannot_be_is_refused():

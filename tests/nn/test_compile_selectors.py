@@ -11,14 +11,14 @@ from himoe import Capacity, Dropless, Gate, Groups, LossFree, MoE, Router, SwiGL
 from himoe.functional import scores
 
 ALLOWED = [name for name in registry.SELECTORS if getattr(registry.load("selectors", name), "causal", True)]
-OPTIONS = {"replay": {"expert_ids": torch.arange(24).view(12, 2) % E}, "threshold": {"threshold": 0.1}}
+GIVEN = {"expert_ids": torch.arange(24).view(12, 2) % E}  # what `replay` needs
 
 
 def make_layer(name: str, dtype: torch.dtype, dispatcher) -> MoE:
     selector = registry.load("selectors", name)
-    given = {"groups": Groups.equal(E, 2), "k": 1 if name in registry.GROUPED_SELECTORS else 2, "max_k": 3, "p": 0.7}
+    given = {"groups": Groups.equal(E, 2), "k": 1 if name in registry.GROUPED_SELECTORS else 2, "max_k": 3, **GIVEN}
     given = {key: value for key, value in given.items() if key in inspect.signature(selector).parameters}
-    selector = partial(selector, **given, **OPTIONS.get(name, {}))
+    selector = partial(selector, **(getattr(selector, "on_few_tokens", {}) | given))
     torch.manual_seed(0)
     router = Router(Gate(D, E), selector, num_experts=E, score=scores.softmax, balancer=LossFree(E))
     return MoE(router, SwiGLUExperts(E, D, 16), dispatcher=dispatcher).to(dtype)

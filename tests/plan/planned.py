@@ -1,6 +1,7 @@
 """Configurations of every kind that a plan must know, small enough to run."""
 
 from himoe.config import Config, load_config
+from himoe.registry import EXPERTS, PRESETS, SELECTORS, having
 
 POOLS = [
     {"num_experts": 4, "expert_dim": 24},
@@ -8,26 +9,19 @@ POOLS = [
     {"num_experts": 4, "experts": "zero"},
 ]
 VARIANTS: dict[str, dict] = {
-    **{name: {"preset": name} for name in (
-        "hi_moe", "hi_moe_paper", "hi_moe_official", "moge", "switch", "loss_free", "deepseek_v3", "glm4_moe",
-        "mixtral", "olmoe", "qwen3_moe", "st_moe", "switch_transformers", "remoe", "expert_choice",
-    )},
+    **{name: {"preset": name} for name in PRESETS},
     "expert_scale": {"preset": "hi_moe", "options": {"expert_scale": True}},
     "remoe_max_k": {"preset": "remoe", "options": {"max_k": 5}},
-    "expert_choice_max_k": {"preset": "expert_choice", "options": {"max_k": 5}},
-    **{name: {"selector": name} for name in (
-        "top_k", "top_k_in_tiles",
-        "top_k_per_group", "top_k_in_best_groups", "top_p", "threshold", "expert_choice", "sinkhorn", "hash",
-        "round_robin",
-    )},
-    "top_p_max_k": {"selector": "top_p", "selector_options": {"max_k": 3}},
-    "threshold_max_k": {"selector": "threshold", "selector_options": {"max_k": 3}},
+    "expert_choice_preset_max_k": {"preset": "expert_choice", "options": {"max_k": 5}},
+    **{f"selector {name}": {"selector": name} for name in SELECTORS if name != "replay"},  # which needs a tensor
+    **{f"{name}_max_k": {"selector": name, "selector_options": {"max_k": 3}}
+       for name in having("selectors", "any_number")},
     "noisy": {"selector": "top_k", "gate": "noisy", "balancers": [{"name": "load"}]},
     "cosine": {"selector": "top_k", "gate": "cosine"},
     "cosine_narrow": {"selector": "top_k", "gate": "cosine", "gate_options": {"proj_dim": 3}},
     "per_group": {"preset": "moge", "groups": [[0, 1, 2], [3, 4, 5, 6, 7]], "top_k_per_group": [1, 2]},
     "one_group": {"preset": "switch", "num_groups": 1, "top_k": 1},
-    **{f"{kind}_experts": {"preset": "switch", "experts": kind} for kind in ("gelu", "relu", "relu2", "constant")},
+    **{f"{kind}_experts": {"preset": "switch", "experts": kind} for kind in EXPERTS},
     "shared": {"preset": "moge", "shared_dim": 20},
     "shared_gate": {"preset": "moge", "shared_dim": 20, "shared_gate": True, "experts": "gelu"},
     "shared_beside_constants": {"preset": "switch", "experts": "constant", "shared_dim": 20},

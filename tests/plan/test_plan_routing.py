@@ -14,11 +14,11 @@ from himoe.build import build_router
 from himoe.config import load_config
 from himoe.errors import HimoeWarning
 from himoe.plan import Ranks, named_shape, shape_of, summarize
-from himoe.plan.bias_step import PRESET_RATES, PRESET_SCORES, RATES, SCORES, score_spread, step_faults
+from himoe.plan.bias_step import SCORES, score_spread, step_faults
 from himoe.plan.of_config import experts_of
 from himoe.plan.routing import combinations, expected_drop, log2_combinations, tokens_per_expert
 from himoe.presets.guards import score_spread as measured_spread
-from himoe.registry import PRESETS, load
+from himoe.registry import PRESETS, having, load
 
 
 def experts(**moe):
@@ -110,14 +110,15 @@ def test_the_spread_of_scores_is_the_guards(score, num_experts):
 
 
 def test_rates_and_scores_are_those_of_the_parts():
-    assert {name: inspect.signature(load("balancers", name)).parameters["rate"].default for name in RATES} == RATES
+    rates = having("balancers", "bias_rate")
+    assert {name: inspect.signature(load("balancers", name)).parameters["rate"].default for name in rates} == rates
     of_presets = {name: inspect.signature(load("presets", name)).parameters for name in PRESETS}
-    assert {name: p["rate"].default for name, p in of_presets.items() if "rate" in p} == PRESET_RATES
+    assert {name: p["rate"].default for name, p in of_presets.items() if "rate" in p} == having("presets", "bias_rate")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         moes = {name: planned(name).moe for name in PRESETS}
         built = {name: build_router(moe, 32).score.__name__ for name, moe in moes.items()}
-    assert {name: score for name, score in built.items() if score != "softmax"} == PRESET_SCORES
+    assert {name: score for name, score in built.items() if score != "softmax"} == having("presets", "score")
 
 
 BIASES = [

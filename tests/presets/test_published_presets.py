@@ -120,10 +120,9 @@ def test_a_configuration_builds_it_with_its_options(name):
     assert 0.25 in [getattr(part, "weight", None) for part in built.balancer.parts]
 
 
-def test_every_preset_says_its_source_and_stands_among_the_public_ones():
+def test_every_preset_says_its_source():
     for name, where in PRESETS.items():
         preset = load("presets", name)
-        assert preset is getattr(presets, name) and name in presets.__all__
         module = inspect.getmodule(preset)
         assert "arXiv 2" in module.__doc__ or "arXiv 1" in module.__doc__, where
         documented = inspect.getdoc(preset)

@@ -7,7 +7,7 @@ from himoe import observe, step
 from himoe.build import build_model
 from himoe.cli.cards import card
 from himoe.config import load_config
-from himoe.registry import TABLES
+from himoe.registry import TABLES, load
 from himoe.testing import suffix_test
 
 pytestmark = pytest.mark.filterwarnings("ignore::himoe.errors.HimoeWarning")
@@ -20,12 +20,16 @@ def texts(rows, length, seed):
     return torch.randint(V, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def trained(configuration, tmp_path):
+def on_few_tokens(table, name):
+    options = getattr(load(table, name), "on_few_tokens", None)
+    return {"moe": {"selector_options": options}} if options else {}
+
+
+def trained(configuration, tmp_path, options):
     """Build the model of a card on the tiny recipe, make its routing uneven, and move its balancers' state."""
     file = tmp_path / "card.toml"
-    configuration = configuration.replace("tile = 128", "tile = 4")  # these batches are smaller than the default
     file.write_text('recipe = "lm_tiny"\n' + configuration, encoding="utf-8")
-    model = build_model(load_config(file, sets=["model.dim=16", "moe.expert_dim=8"]), V)
+    model = build_model(load_config(file, sets=["model.dim=16", "moe.expert_dim=8"], overrides=options), V)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -42,6 +46,6 @@ def test_an_entry_is_causal_where_it_says_so_and_only_there(table, name, tmp_pat
     found = card(table, name)
     if not found.configuration:
         pytest.skip("it cannot be named in a configuration")
-    test = suffix_test(trained(found.configuration, tmp_path), texts(2, 24, seed=9))
+    test = suffix_test(trained(found.configuration, tmp_path, on_few_tokens(table, name)), texts(2, 24, seed=9))
     assert test.causal == found.facts.causal == (not test.labelled), test.leaks or test.suffixes
     assert all(test.labelled.values()), "says it is not causal, and not why"

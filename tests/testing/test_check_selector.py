@@ -17,7 +17,6 @@ from himoe.functional.selection import (
     threshold,
     top_k,
     top_k_in_best_groups,
-    top_k_in_tiles,
     top_k_per_group,
     top_p,
 )
@@ -60,8 +59,6 @@ def test_every_entry_of_the_table_conforms_with_its_defaults(name):
         partial(expert_choice, k=1, capacity_factor=0.1),
         partial(expert_choice, k=8),
         partial(sinkhorn, k=2, iterations=1),
-        partial(top_k_in_tiles, k=2, tile=4),
-        partial(top_k_in_tiles, k=3, tile=8, max_k=3),
         partial(hash_tokens, k=8, seed=3),
     ],
     ids=lambda selector: f"{selector.func.__name__} {selector.keywords}",

@@ -24,7 +24,7 @@ from himoe.functional.dispatch import ORDERS
 from himoe.functional.selection import replay
 from himoe.functional.stats import selected_load
 from himoe.nn import non_causal_parts
-from himoe.registry import TABLES
+from himoe.registry import TABLES, load
 
 V, E, K, G, D, HIDDEN = 31, 8, 4, 4, 8, 6
 Entry = tuple[str, str]
@@ -36,12 +36,6 @@ PRESETS_WITH_CAPACITY = [(preset, order) for preset in PRESETS for order in sort
 
 STRONGER = {"weight": 0.3, "lambda_intra": 0.2, "lambda_inter": 0.3, "rate": 0.05, "tau": 0.5, "start": 0.05}
 """What replaces the attributes of balancers, which are made for thousands of steps."""
-
-OPTIONS: dict[Entry, dict[str, Any]] = {
-    ("selectors", "threshold"): {"selector_options": {"threshold": 0.1}},  # 0 takes every expert
-    ("selectors", "top_k_in_tiles"): {"selector_options": {"tile": 4}},  # the default is more than these batches
-    ("selectors", "top_p"): {"selector_options": {"p": 0.7, "max_k": 5}},
-}
 
 GIVEN = torch.stack([torch.randperm(E, generator=torch.Generator().manual_seed(word))[:K] for word in range(V)])
 
@@ -65,13 +59,19 @@ def _configuration(table: str, name: str) -> str:
     return card(table, name).configuration
 
 
+def _options(table: str, name: str) -> dict[str, Any]:
+    """What a selector asks for where tokens are few."""
+    options = getattr(load(table, name), "on_few_tokens", None) if table == "selectors" else None
+    return {} if options is None else {"selector_options": options}
+
+
 def _config(table: str, name: str, **moe: Any) -> Any:
     tree = tomllib.loads(_configuration(table, name)).get("moe", {})
     sizes = {"layers": [1, 2], "num_experts": E, "num_groups": G, "top_k": K, "expert_dim": HIDDEN, "force": True}
     if table == "balancers" or (table, name) == ("selectors", "replay"):
         tree = {"selector": "top_k"} | tree
     model = {"num_layers": 3, "dim": D, "ffn_dim": 12}
-    changes = {"allow_non_causal": True, **tree, **OPTIONS.get((table, name), {}), **sizes, **moe}
+    changes = {"allow_non_causal": True, **tree, **_options(table, name), **sizes, **moe}
     if pools := changes.get("pools"):  # a card's, for as many experts as there are
         changes["pools"] = [pool | {"num_experts": changes["num_experts"] // len(pools)} for pool in pools]
     return load_config("lm_tiny", overrides={"model": model, "moe": changes})

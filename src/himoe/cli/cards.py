@@ -16,7 +16,7 @@ from himoe.cli.specimen import BESIDE, Facts, beside, facts_of
 from himoe.config.key_tables import PLAIN_TYPES
 from himoe.config.recipes import recipe_description, recipe_text
 from himoe.config.toml import format_value
-from himoe.registry import GOES_WITH, TABLES, load
+from himoe.registry import TABLES, fact, load
 
 # Arguments that the configuration's other keys and the layer itself settle; the rest are an entry's options.
 SETTLED = {"dim", "hidden_dim", "num_experts", "num_groups", "groups", "selection_groups", "top_k", "k",
@@ -167,5 +167,5 @@ def _configuration(kind: str, name: str, options: list[Option], facts: Facts) ->
     alone = kind not in ("gates", "selectors", "scores") or facts.balances_load
     if alone and not free:
         return place
-    balancer = GOES_WITH.get(kind, {}).get(name, {}).get("balancer", BALANCED_BY)
+    balancer = fact(kind, name, "goes_with", {}).get("balancer", BALANCED_BY)
     return f'{place}\n\n[[moe.balancers]]\nname = "{balancer}"'

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from himoe.errors import HimoeError, HimoeWarning
-from himoe.registry import GOES_WITH, TABLES, load
+from himoe.registry import TABLES, fact, load
 
 # Sizes of the small layer, by which the letters of a shape are known again.
 DIM = 10
@@ -42,7 +42,7 @@ def beside(kind: str, name: str) -> dict[str, Any]:
     >>> beside("scores", "softmax"), beside("balancers", "load"), beside("experts", "gelu")
     ({'selector': 'top_k'}, {'selector': 'top_k', 'gate': 'noisy'}, {})
     """
-    made_for = {key: value for key, value in GOES_WITH.get(kind, {}).get(name, {}).items() if key != "balancer"}
+    made_for = {key: value for key, value in fact(kind, name, "goes_with", {}).items() if key != "balancer"}
     needed = kind in ("gates", "scores", "selectors") or (kind == "balancers" and made_for)
     return (BESIDE if needed and kind != "selectors" else {}) | made_for
 

@@ -5,17 +5,12 @@ from typing import Any
 
 from himoe.bounds import SPREAD_LOGITS, step_fault
 from himoe.config import MoEConfig
-
-RATES = {"loss_free": 1e-3, "momentum": 5e-4}
-"""Balancers with a bias, and their default rate."""
-PRESET_RATES = {"loss_free": 1e-3, "deepseek_v3": 1e-3, "glm4_moe": 1e-3}
-PRESET_SCORES = dict.fromkeys(PRESET_RATES, "sigmoid") | {"remoe": "relu"}
-"""Presets whose scores are no softmax."""
+from himoe.registry import fact
 
 
 def step_faults(moe: MoEConfig) -> Iterator[str]:
     """Yield a line for every bias whose step is not small beside the spread of the scores that it is added to."""
-    score = moe.score if moe.preset is None else PRESET_SCORES.get(moe.preset, "softmax")
+    score = moe.score if moe.preset is None else fact("presets", moe.preset, "score", "softmax")
     own_score = moe.preset is not None and (":" in moe.preset or moe.options.get("second") == "random")
     biases = list(_biases(moe))
     if own_score or score not in SCORES or not biases:
@@ -31,11 +26,11 @@ def _biases(moe: MoEConfig) -> Iterator[tuple[str, float, bool]]:
     entries = [
         (f"moe.balancers[{i}] {entry.name!r}", entry.name, entry.options) for i, entry in enumerate(moe.balancers)
     ]
-    found = [(where, RATES[name], options) for where, name, options in entries if name in RATES]
-    if moe.preset in PRESET_RATES:
-        found.insert(0, (f"moe.preset {moe.preset!r}", PRESET_RATES[moe.preset], moe.options))
+    found = [(where, fact("balancers", name, "bias_rate"), options) for where, name, options in entries]
+    found.insert(0, (f"moe.preset {moe.preset!r}", fact("presets", moe.preset, "bias_rate"), moe.options))
     for where, default, options in found:
-        yield where, options.get("rate", default), bool(options.get("multiplicative", False))
+        if default is not None:
+            yield where, options.get("rate", default), bool(options.get("multiplicative", False))
 
 
 def score_spread(score: str, num_experts: int) -> tuple[float, float]:

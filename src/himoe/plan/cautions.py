@@ -6,7 +6,7 @@ from himoe.config import Config, TrainConfig
 from himoe.plan.bias_step import step_faults
 from himoe.plan.count import Parameters
 from himoe.plan.memory import Ranks
-from himoe.plan.of_config import UP_TO_ALL, router_name
+from himoe.plan.of_config import router_name
 from himoe.plan.routing import UNEVEN, expected_drop, tokens_per_expert
 from himoe.plan.shape import Experts, Shape
 
@@ -78,12 +78,12 @@ def _of_drops(experts: Experts, config: Config, ranks: Ranks) -> Iterator[str]:
 
 def _of_places(experts: Experts, config: Config) -> Iterator[str]:
     name = router_name(config.moe)
-    if name in UP_TO_ALL and experts.mean_top_k < experts.top_k:
+    if experts.any_number and experts.mean_top_k < experts.top_k:
         yield (
             f"{name!r} gives a token {experts.mean_top_k} experts on average and up to {experts.top_k}: active "
             f"parameters and memory count {experts.top_k}, FLOPs {experts.mean_top_k}; max_k limits them"
         )
-    elif name in UP_TO_ALL and experts.top_k > config.moe.top_k:
+    elif experts.any_number and experts.top_k > config.moe.top_k:
         yield f"{name!r} gives a token up to {experts.top_k} experts, and all of them are counted; max_k limits them"
     own = [part for part in (config.moe.preset, config.moe.selector, config.moe.gate) if part and ":" in part]
     if own:

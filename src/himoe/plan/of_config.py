@@ -7,16 +7,9 @@ from typing import Any
 from himoe.config import Config, MoEConfig
 from himoe.errors import ConfigError
 from himoe.plan.shape import Attention, Experts, Layer, Network, Pool, Shape
-from himoe.registry import GROUPED_PRESETS, GROUPED_SELECTORS
+from himoe.registry import GROUPED_PRESETS, GROUPED_SELECTORS, fact, having
 
-MATRICES = {"swiglu": 3, "gelu": 2, "relu": 2, "relu2": 2}
-FREE = {"zero": False, "copy": False, "constant": True}
-"""Experts without hidden layer, and whether they hold weights all the same."""
 BYTE_VOCABULARY = 257
-UP_TO_ALL = frozenset({"top_p", "top_k_in_tiles", "threshold", "expert_choice", "remoe"})
-"""Selectors and presets with a place for every expert of a layer, unless `max_k` says otherwise."""
-MEAN_IS_TOP_K = UP_TO_ALL - {"top_p"}
-"""Those among them that give a token `moe.top_k` experts on average, by construction or once their loss has acted."""
 
 
 def shape_of(config: Config, vocab_size: int | None = None) -> Shape:
@@ -35,7 +28,9 @@ def shape_of(config: Config, vocab_size: int | None = None) -> Shape:
     attention = Attention(model.num_heads, model.num_kv_heads, head_dim, qk_norm=2 * head_dim if model.qk_norm else 0)
     layers = []
     if count < model.num_layers:
-        layers.append(Layer(model.num_layers - count, attention, Network(model.ffn_dim, MATRICES[model.ffn])))
+        layers.append(
+            Layer(model.num_layers - count, attention, Network(model.ffn_dim, fact("experts", model.ffn, "matrices")))
+        )
     if count:
         layers.append(Layer(count, attention, experts_of(moe, model.dim)))
     return Shape(
@@ -68,15 +63,15 @@ def experts_of(moe: MoEConfig, dim: int) -> Experts:
     return Experts(
         pools=tuple(_pool(*entry, count) for entry, count in zip(entries, used, strict=True)),
         top_k=places,
-        mean_top_k=min(moe.top_k, places) if router_name(moe) in MEAN_IS_TOP_K else places,
+        mean_top_k=min(moe.top_k, places) if router_fact(moe, "mean_is_top_k") else places,
         gate_products=products,
         gate_parameters=parameters + moe.num_experts * _has_expert_scale(moe),
         group_sizes=sizes,
         group_top_k=per_group,
         keep_groups=_kept_groups(moe),
-        shared=Network(moe.shared_dim, MATRICES.get(moe.experts, 3)) if moe.shared_dim else None,
+        shared=Network(moe.shared_dim, fact("experts", moe.experts, "matrices") or 3) if moe.shared_dim else None,
         shared_gate=moe.shared_gate,
-        any_number=router_name(moe) in UP_TO_ALL,
+        any_number=bool(router_fact(moe, "any_number")),
     )
 
 
@@ -87,9 +82,14 @@ def router_name(moe: MoEConfig) -> str:
     return name
 
 
+def router_fact(moe: MoEConfig, what: str, default: Any = None) -> Any:
+    """Return what the tables say of the preset, or of the selector of a layer without one."""
+    return fact("selectors" if moe.preset is None else "presets", router_name(moe), what, default)
+
+
 def places_of(moe: MoEConfig) -> int:
     """Return the largest number of experts that a token can have."""
-    if router_name(moe) not in UP_TO_ALL:
+    if not router_fact(moe, "any_number"):
         return moe.top_k
     options = moe.selector_options if moe.preset is None else moe.options
     return options.get("max_k") or moe.num_experts
@@ -122,14 +122,15 @@ def _used(pools: list[int], places: int, groups: list[Any], per_group: tuple[int
 
 
 def _pool(num_experts: int, hidden_dim: int, kind: str, used: Fraction) -> Pool:
-    if kind in FREE:
-        return Pool(num_experts, used, None, constant=FREE[kind])
-    if kind not in MATRICES:
+    matrices = fact("experts", kind, "matrices")
+    if matrices is None:
         raise ConfigError(
             f"experts {kind!r} are your own: what they cost cannot be known without building them; plan with one of "
-            f"{', '.join([*MATRICES, *FREE])}"
+            f"{', '.join(having('experts', 'matrices'))}"
         )
-    return Pool(num_experts, used, Network(hidden_dim, MATRICES[kind]))
+    if matrices == 0:
+        return Pool(num_experts, used, None, constant=fact("experts", kind, "learns_vector", False))
+    return Pool(num_experts, used, Network(hidden_dim, matrices))
 
 
 def _gate(moe: MoEConfig, dim: int) -> tuple[int, int]:
@@ -152,22 +153,14 @@ def _cosine(moe: MoEConfig, dim: int) -> tuple[int, int]:
 
 
 GATES = {"linear": _linear, "noisy": _noisy, "cosine": _cosine}
-EXPERT_SCALE = {"hi_moe_official": True}
-"""Presets whose default learns a factor for every expert."""
-KEEP_GROUPS = {
-    "deepseek_v3": ("keep_groups", 2),
-    "glm4_moe": ("keep_groups", None),
-    "top_k_in_best_groups": ("keep", 2),
-}
-"""What limits a token to few groups: its option, and the part of the groups that stays by default, None for all."""
 
 
 def _has_expert_scale(moe: MoEConfig) -> bool:
-    return bool(moe.options.get("expert_scale", EXPERT_SCALE.get(moe.preset or "", False)))
+    return bool(moe.options.get("expert_scale", fact("presets", moe.preset, "expert_scale", False)))
 
 
 def _kept_groups(moe: MoEConfig) -> int | None:
     """Return how many groups a token's experts may come from, None for all."""
-    option, part = KEEP_GROUPS.get(moe.preset or moe.selector or "", ("", None))
+    option, part = router_fact(moe, "keep_groups", ("", None))
     given = (moe.options if moe.preset else moe.selector_options).get(option)
     return given or (max(1, moe.num_groups // part) if part else None)

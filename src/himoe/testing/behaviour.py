@@ -55,7 +55,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "relu_sparsity": {"start": 1e-2, "factor": 1.02},
     "similarity": {"weight": 0.1},
 }
-AROUND = registry.GOES_WITH["balancers"]  # what a strategy is made to go with
+AROUND = registry.having("balancers", "goes_with")  # what a strategy is made to go with
 FREE = ("replay",)  # selectors that have nothing to show here: their choice is given
 
 

@@ -6,8 +6,10 @@ whichever way `topk` breaks them: do not rely on it, and save the routing wherev
 What a selector says of itself stands in attributes of its function: `causal = False` where a later token can change an
 earlier one's experts, `random = True` where random numbers decide in training, `balances_load = True` where experts
 get equal load whatever the scores are, `renormalize` where its authors do or do not divide a token's weights by their
-sum, and `wanted(scores, context, **options) → (T, E) bool` where `max_k` may
-cut off experts that the rule asks for.
+sum, `wanted(scores, context, **options) → (T, E) bool` where `max_k` may cut off experts that the rule asks for, and
+`on_few_tokens`, options with which it acts on the small batches of tests, where its defaults would do nothing there.
+
+A selector is imported from its own file; those that other code needs are named here too.
 """
 
 from himoe.functional.selection.base import Selection, check_top_k

@@ -68,3 +68,4 @@ def wanted(scores: Float[Tensor, "T E"], context: RouterContext, *, k: int, tile
 top_k_in_tiles.wanted = wanted  # type: ignore[attr-defined]
 top_k_in_tiles.causal = False  # type: ignore[attr-defined]
 top_k_in_tiles.causal_reason = "in training later tokens move an expert's count to the next tile"  # type: ignore[attr-defined]
+top_k_in_tiles.on_few_tokens = {"tile": 4}  # type: ignore[attr-defined]
