@@ -91,6 +91,7 @@ SELECTORS: dict[str, str] = {
     "expert_choice": Entry(
         "himoe.functional.selection.expert_choice:expert_choice", any_number=True, mean_is_top_k=True
     ),
+    "expert_race": Entry("himoe.functional.selection.expert_race:expert_race", any_number=True, mean_is_top_k=True),
     "sinkhorn": "himoe.functional.selection.sinkhorn:sinkhorn",
     "hash": "himoe.functional.selection.hash:hash_tokens",
     "round_robin": "himoe.functional.selection.round_robin:round_robin",
