@@ -6,7 +6,7 @@ rules of a configuration must know of a strategy stands in its line, as an `Entr
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypedDict, Unpack, cast
 
 from himoe.errors import ConfigError, nearest
@@ -16,9 +16,10 @@ class Facts(TypedDict, total=False):
     """What is known of an entry without importing it.
 
     Attributes:
-        by_group: selectors and presets take equally many experts from each group; scores weigh each group by those.
+        by_group: selectors and presets take a fixed number of experts from each group; scores need such a selector.
         any_number: a token may have every expert, unless the option `max_k` says otherwise.
-        mean_is_top_k: with any_number, a token has `top_k` on average, by construction or once its loss has acted.
+        mean_is_top_k: with any_number, a token has `top_k` on average, by construction or once its loss has acted, less
+            what `max_k` cuts off.
         keep_groups: the option that limits a token to few groups, and its default as a divisor of their number; None
             for a default of all.
         goes_with: keys of `moe` beside it that it is made for, and a balancer.
@@ -27,6 +28,7 @@ class Facts(TypedDict, total=False):
         expert_scale: of a preset, whether it learns a factor for every expert by default.
         matrices: of experts, how many each has.
         learns_vector: of experts without matrices, whether each learns a vector all the same.
+        gate_cost: of a gate, (E, D, its options) → multiply-adds of a token, and parameters; by default a matrix's.
     """
 
     by_group: bool
@@ -39,6 +41,7 @@ class Facts(TypedDict, total=False):
     expert_scale: bool
     matrices: int
     learns_vector: bool
+    gate_cost: Callable[[int, int, Mapping[str, Any]], tuple[int, int]]
 
 
 class Entry(str):
@@ -47,6 +50,7 @@ class Entry(str):
     facts: Facts
 
     def __new__(cls, where: str, **facts: Unpack[Facts]) -> "Entry":  # noqa: D102
+        assert facts.keys() <= Facts.__annotations__.keys(), facts
         entry = super().__new__(cls, where)
         entry.facts = cast(Facts, facts)
         return entry
@@ -74,8 +78,14 @@ BALANCERS: dict[str, str] = {
 }
 GATES: dict[str, str] = {
     "linear": "himoe.nn.gate:Gate",
-    "noisy": "himoe.nn.noisy_gate:NoisyGate",
-    "cosine": "himoe.nn.cosine_gate:CosineGate",
+    "noisy": Entry("himoe.nn.noisy_gate:NoisyGate", gate_cost=lambda e, d, _: (2 * e * d, 2 * e * d)),
+    "cosine": Entry(
+        "himoe.nn.cosine_gate:CosineGate",
+        gate_cost=lambda e, d, options: (
+            (products := (options.get("proj_dim") or max(e // 2, 2)) * (d + e)),
+            products + 1,
+        ),
+    ),
 }
 SELECTORS: dict[str, str] = {
     "top_k": "himoe.functional.selection.top_k:top_k",
@@ -91,7 +101,12 @@ SELECTORS: dict[str, str] = {
     "expert_choice": Entry(
         "himoe.functional.selection.expert_choice:expert_choice", any_number=True, mean_is_top_k=True
     ),
-    "expert_race": Entry("himoe.functional.selection.expert_race:expert_race", any_number=True, mean_is_top_k=True),
+    "expert_race": Entry(
+        "himoe.functional.selection.expert_race:expert_race",
+        any_number=True,
+        mean_is_top_k=True,
+        goes_with={"score": "sigmoid"},
+    ),
     "sinkhorn": "himoe.functional.selection.sinkhorn:sinkhorn",
     "hash": "himoe.functional.selection.hash:hash_tokens",
     "round_robin": "himoe.functional.selection.round_robin:round_robin",

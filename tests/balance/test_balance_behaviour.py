@@ -73,19 +73,6 @@ def train(router: Router, steps: int = 200) -> float:
     return max_vio(router) / before
 
 
-OPTIONS = {
-    "switch": {"weight": 0.3},
-    "sequence": {"weight": 0.3},
-    "global_batch": {"weight": 0.3},
-    "importance": {"weight": 1.0},
-    "load": {"weight": 0.1},
-    "phi": {"weight": 1.0},
-    "loss_free": {"rate": 0.01},
-    "momentum": {"rate": 0.01},
-}
-SELECTORS = {"expert_threshold": above_zero}
-
-
 def make(name: str) -> Balancer:
     constructor = registry.load("balancers", name)
     needed = {
@@ -93,7 +80,11 @@ def make(name: str) -> Balancer:
         for key, value in {"num_experts": E, "groups": 4, "top_k": K}.items()
         if key in inspect.signature(constructor).parameters
     }
-    return constructor(**needed | OPTIONS.get(name, {}))
+    return constructor(**needed | constructor.toy_options)
+
+
+def by_threshold(name: str) -> bool:
+    return registry.fact("balancers", name, "goes_with", {}).get("selector") == "threshold"
 
 
 BALANCING = [name for name in registry.BALANCERS if registry.load("balancers", name).balances_load]
@@ -106,7 +97,7 @@ def test_the_table_has_strategies_that_claim_to_balance():
 @pytest.mark.parametrize("score", [softmax, sigmoid])
 @pytest.mark.parametrize("name", BALANCING)
 def test_every_strategy_that_claims_to_balance_halves_max_vio(name, score):
-    router = skewed_router(make(name), score, SELECTORS.get(name))
+    router = skewed_router(make(name), score, above_zero if by_threshold(name) else None)
     assert train(router) < 0.5
     with torch.no_grad():
         assert router(batch(999, 2048)).selected.sum(-1).double().mean() == pytest.approx(K, rel=0.1)

@@ -168,7 +168,8 @@ def test_a_card_shows_an_entry_beside_what_it_is_made_for(tmp_path, table, name)
     assert {key: getattr(moe, key) for key in wanted} == wanted
     model = build_model(load_config(tmp_path / "my.toml"), 300)
     _, routings = model(torch.randint(300, (1, 9)))
-    assert (name in ("load", "relu_sparsity") or table == "scores") == bool(himoe.aux_losses(model, routings))
+    balanced = name in ("load", "relu_sparsity") or table in ("scores", "selectors")
+    assert balanced == bool(himoe.aux_losses(model, routings))
 
 
 @pytest.mark.parametrize(("table", "name"), [("balancers", "hi_moe"), ("scores", "swiglu"), ("presets", "linear")])

@@ -21,7 +21,7 @@ from himoe.functional.selection import (
     top_p,
 )
 from himoe.functional.stats import count_pairs, max_vio
-from himoe.registry import SELECTORS, fact, load
+from himoe.registry import SELECTORS, fact, having, load
 from himoe.types import RouterContext
 
 SHAPES = {"tokens": st.integers(0, 7), "num_experts": st.integers(1, 9), "seed": st.integers(0, 1000)}
@@ -347,6 +347,22 @@ def test_who_claims_to_balance_at_least_halves_max_vio_on_skewed_scores(name, k)
             for choose in (partial(selector, k=k), partial(top_k, k=k))
         ]
         assert max_vio(loads[0]) < max_vio(loads[1]) / 2 and max_vio(loads[1]) > 0.5
+
+
+@pytest.mark.parametrize("name", having("selectors", "any_number"))
+def test_a_selector_gives_k_experts_on_average_where_its_line_says_so(name):
+    selector = load("selectors", name)
+    if "k" not in inspect.signature(selector).parameters:
+        return  # its balancer brings it there
+    scores = (2 * torch.randn(600, 8, generator=torch.Generator().manual_seed(0))).sigmoid()
+    choose = partial(selector, k=3, **getattr(selector, "toy_options", {}))
+    _, selected = choose(scores, RouterContext(training=True))
+    mean = selected.sum(-1).double().mean()
+    assert (abs(mean - 3) < 0.05) == bool(fact("selectors", name, "mean_is_top_k"))
+
+
+def test_the_selectors_that_balance_say_so():
+    assert {"expert_choice", "sinkhorn", "round_robin"} <= set(CLAIM)
 
 
 @pytest.mark.parametrize("name", SELECTORS)

@@ -18,7 +18,7 @@ def make_layer(name: str, dtype: torch.dtype, dispatcher) -> MoE:
     selector = registry.load("selectors", name)
     given = {"groups": Groups.equal(E, 2), "k": 1 if name in registry.GROUPED_SELECTORS else 2, "max_k": 3, **GIVEN}
     given = {key: value for key, value in given.items() if key in inspect.signature(selector).parameters}
-    selector = partial(selector, **(getattr(selector, "on_few_tokens", {}) | given))
+    selector = partial(selector, **(getattr(selector, "toy_options", {}) | given))
     torch.manual_seed(0)
     router = Router(Gate(D, E), selector, num_experts=E, score=scores.softmax, balancer=LossFree(E))
     return MoE(router, SwiGLUExperts(E, D, 16), dispatcher=dispatcher).to(dtype)

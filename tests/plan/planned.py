@@ -1,7 +1,7 @@
 """Configurations of every kind that a plan must know, small enough to run."""
 
 from himoe.config import Config, load_config
-from himoe.registry import EXPERTS, PRESETS, SELECTORS, having
+from himoe.registry import EXPERTS, GATES, PRESETS, SELECTORS, having
 
 POOLS = [
     {"num_experts": 4, "expert_dim": 24},
@@ -16,8 +16,8 @@ VARIANTS: dict[str, dict] = {
     **{f"selector {name}": {"selector": name} for name in SELECTORS if name != "replay"},  # which needs a tensor
     **{f"{name}_max_k": {"selector": name, "selector_options": {"max_k": 3}}
        for name in having("selectors", "any_number")},
-    "noisy": {"selector": "top_k", "gate": "noisy", "balancers": [{"name": "load"}]},
-    "cosine": {"selector": "top_k", "gate": "cosine"},
+    **{f"gate {name}": {"selector": "top_k", "gate": name} for name in GATES},
+    "noisy_with_load": {"selector": "top_k", "gate": "noisy", "balancers": [{"name": "load"}]},
     "cosine_narrow": {"selector": "top_k", "gate": "cosine", "gate_options": {"proj_dim": 3}},
     "per_group": {"preset": "moge", "groups": [[0, 1, 2], [3, 4, 5, 6, 7]], "top_k_per_group": [1, 2]},
     "one_group": {"preset": "switch", "num_groups": 1, "top_k": 1},

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from planned import planned
 
+from himoe.balance import Balancer
 from himoe.build import build_router
 from himoe.config import load_config
 from himoe.errors import HimoeWarning
@@ -18,7 +19,7 @@ from himoe.plan.bias_step import SCORES, score_spread, step_faults
 from himoe.plan.of_config import experts_of
 from himoe.plan.routing import combinations, expected_drop, log2_combinations, tokens_per_expert
 from himoe.presets.guards import score_spread as measured_spread
-from himoe.registry import PRESETS, having, load
+from himoe.registry import BALANCERS, PRESETS, SELECTORS, having, load
 
 
 def experts(**moe):
@@ -110,8 +111,11 @@ def test_the_spread_of_scores_is_the_guards(score, num_experts):
 
 
 def test_rates_and_scores_are_those_of_the_parts():
-    rates = having("balancers", "bias_rate")
-    assert {name: inspect.signature(load("balancers", name)).parameters["rate"].default for name in rates} == rates
+    balancers = {name: load("balancers", name) for name in BALANCERS}
+    signatures = {name: inspect.signature(one).parameters for name, one in balancers.items()}
+    biases = [name for name, one in balancers.items() if one.adjust_choice is not Balancer.adjust_choice]
+    rates = {name: signatures[name]["rate"].default for name in biases if "rate" in signatures[name]}
+    assert rates == having("balancers", "bias_rate")
     of_presets = {name: inspect.signature(load("presets", name)).parameters for name in PRESETS}
     assert {name: p["rate"].default for name, p in of_presets.items() if "rate" in p} == having("presets", "bias_rate")
     with warnings.catch_warnings():
@@ -119,6 +123,14 @@ def test_rates_and_scores_are_those_of_the_parts():
         moes = {name: planned(name).moe for name in PRESETS}
         built = {name: build_router(moe, 32).score.__name__ for name, moe in moes.items()}
     assert {name: score for name, score in built.items() if score != "softmax"} == having("presets", "score")
+
+
+def test_what_limits_a_token_to_few_groups_is_the_option_of_the_parts():
+    for table, names in (("selectors", SELECTORS), ("presets", PRESETS)):
+        parameters = {name: inspect.signature(load(table, name)).parameters for name in names}
+        options = {name: {"keep", "keep_groups"} & parameters[name].keys() for name in names}
+        said = {name: {option} for name, (option, _) in having(table, "keep_groups").items()}
+        assert said == {name: option for name, option in options.items() if option}
 
 
 BIASES = [

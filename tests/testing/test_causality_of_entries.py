@@ -20,8 +20,8 @@ def texts(rows, length, seed):
     return torch.randint(V, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def on_few_tokens(table, name):
-    options = getattr(load(table, name), "on_few_tokens", None)
+def toy_options(table, name):
+    options = getattr(load(table, name), "toy_options", None) if table == "selectors" else None
     return {"moe": {"selector_options": options}} if options else {}
 
 
@@ -46,6 +46,6 @@ def test_an_entry_is_causal_where_it_says_so_and_only_there(table, name, tmp_pat
     found = card(table, name)
     if not found.configuration:
         pytest.skip("it cannot be named in a configuration")
-    test = suffix_test(trained(found.configuration, tmp_path, on_few_tokens(table, name)), texts(2, 24, seed=9))
+    test = suffix_test(trained(found.configuration, tmp_path, toy_options(table, name)), texts(2, 24, seed=9))
     assert test.causal == found.facts.causal == (not test.labelled), test.leaks or test.suffixes
     assert all(test.labelled.values()), "says it is not causal, and not why"

@@ -60,8 +60,8 @@ def _configuration(table: str, name: str) -> str:
 
 
 def _options(table: str, name: str) -> dict[str, Any]:
-    """What a selector asks for where tokens are few."""
-    options = getattr(load(table, name), "on_few_tokens", None) if table == "selectors" else None
+    """What a selector asks for in a toy."""
+    options = getattr(load(table, name), "toy_options", None) if table == "selectors" else None
     return {} if options is None else {"selector_options": options}
 
 

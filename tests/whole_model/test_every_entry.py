@@ -20,6 +20,7 @@ from every_entry import (
     make,
     moved,
     parts_of,
+    replayed,
     state_of,
     steady_noise,
     sums_of,
@@ -30,9 +31,12 @@ from torch import Tensor
 
 import himoe
 from himoe import Router
+from himoe.functional.bound import unbound
 from himoe.functional.selection import round_robin
 from himoe.functional.stats import drop_rate, selected_load
+from himoe.registry import TABLES, fact
 from himoe.testing import suffix_test
+from himoe.types import RouterContext
 
 pytestmark = pytest.mark.filterwarnings("ignore::himoe.errors.HimoeWarning")
 
@@ -195,16 +199,17 @@ def test_one_token_one_repeated_token_and_none(entry):
     assert_same(before, state_of(model))
 
 
-ALL_GROUPS = {
-    ("selectors", "top_k_in_best_groups"): {"selector_options": {"keep": G}},
-    ("presets", "deepseek_v3"): {"options": {"keep_groups": G}},
-}
-"""What lets a token reach all experts where by default it reaches those of some groups."""
+def all_groups(entry):
+    """What lets a token reach all experts where by default it reaches those of some groups."""
+    table, name = entry
+    option, divisor = fact(table, name, "keep_groups", ("", None)) if table in TABLES else ("", None)
+    where = "selector_options" if table == "selectors" else "options"
+    return {where: {option: G}} if divisor else {}
 
 
 @every()
 def test_every_token_may_have_every_expert(entry):
-    model = make(entry, dtype=torch.float32, top_k=E, **ALL_GROUPS.get(entry, {}))
+    model = make(entry, dtype=torch.float32, top_k=E, **all_groups(entry))
     for routing in assert_finite(model, tokens(2, 9)):
         assert (routing.selected.sum(-1) <= E).all()
         assert routing.selected.all() or has_a_rule(model) or entry == ("selectors", "replay")
@@ -215,8 +220,13 @@ def has_a_rule(model) -> bool:
     return any(hasattr(selector_of(layer), "wanted") for layer in himoe.moe_layers(model))
 
 
-BLIND = {"hash", "round_robin", "replay", "expert_choice"}
-"""Selectors that do not ask which experts a token likes best, or not all of the tokens."""
+def is_blind(layer):
+    """Whether the selector does not ask which experts a token likes best, or not all of the tokens."""
+    selector, context = layer.router.selector, RouterContext(batch_shape=(9,), token_ids=torch.arange(9))
+    if layer.router.selector is replayed or getattr(unbound(selector), "balances_load", False):
+        return True
+    likes = torch.rand(9, E, generator=torch.Generator().manual_seed(0))
+    return all(torch.equal(*pair) for pair in zip(selector(likes, context), selector(1 - likes, context), strict=True))
 
 
 @every()
@@ -231,7 +241,7 @@ def test_some_experts_may_have_all_tokens_and_the_others_none(entry):
             layer.register_forward_pre_hook(lambda _, given: (direction[:D].expand_as(given[0]), *given[1:]))
         first = model(tokens(2, 9))[1]
     assert_finite(model, tokens(2, 9))
-    if entry[1] not in BLIND:
+    if not any(map(is_blind, himoe.moe_layers(model))):
         for routing in first:
             loads = selected_load(routing)
             assert loads.max() == 18 and loads.min() in (0, 18 if has_a_rule(model) else 0)

@@ -8,7 +8,7 @@
 Because only `observe` and `step` write, a forward pass can be recomputed, compiled, repeated or evaluated at will.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -32,6 +32,9 @@ class Balancer(nn.Module):
 
     balances_load: ClassVar[bool] = False
     """True for a strategy that by itself drives the experts towards equal load."""
+
+    toy_options: ClassVar[Mapping[str, Any]] = {}
+    """Options with which it acts within some hundred steps on a toy, where its defaults are made for thousands."""
 
     loss_names: ClassVar[tuple[str, ...]] = ()
     """Names of all losses that it may return; what is not stated is not checked."""

@@ -10,7 +10,8 @@ the tokens. Over micro-batches it is not linear: early ones cannot count later o
 `himoe.aux_losses` fills in the counts, by one all-reduce for all layers; by itself the balancer knows this rank's.
 """
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -31,6 +32,7 @@ class GlobalBatch(Balancer):
     """
 
     balances_load: ClassVar[bool] = True
+    toy_options: ClassVar[Mapping[str, Any]] = {"weight": 0.3}
     loss_names: ClassVar[tuple[str, ...]] = ("global_balance",)
     needs_step_counts: bool = True
 

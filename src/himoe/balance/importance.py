@@ -9,7 +9,8 @@ The paper's gates are a softmax over the selected logits; here they are the rout
 It is not linear in the weights: the mean over micro-batches is not the value of one undivided batch.
 """
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -28,6 +29,7 @@ class Importance(Balancer):
     """
 
     balances_load: ClassVar[bool] = True
+    toy_options: ClassVar[Mapping[str, Any]] = {"weight": 1.0}
     loss_names: ClassVar[tuple[str, ...]] = ("importance",)
 
     def __init__(self, *, weight: float = 0.1) -> None:

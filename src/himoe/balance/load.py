@@ -14,7 +14,8 @@ It balances the choice of training alone. There is no noise in eval mode, hence 
 there: the loss falls when the noise grows as it does when the logits draw near one another.
 """
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -33,6 +34,7 @@ class Load(Balancer):
     """
 
     balances_load: ClassVar[bool] = True
+    toy_options: ClassVar[Mapping[str, Any]] = {"weight": 0.1}
     loss_names: ClassVar[tuple[str, ...]] = ("smooth_load",)
     needs_noise: ClassVar[bool] = True
 

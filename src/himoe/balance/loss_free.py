@@ -13,7 +13,8 @@ move. `multiplicative` ranks by s·b instead, b starting at 1 and kept positive.
 the last part of training: `Schedule(…, "off_after", scales="moves")` does that.
 """
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -39,6 +40,7 @@ class LossFree(Balancer):
     """
 
     balances_load: ClassVar[bool] = True
+    toy_options: ClassVar[Mapping[str, Any]] = {"rate": 0.01}
     bias: Tensor
 
     def __init__(

@@ -8,7 +8,8 @@ Experts are chosen by s + b, weights come from s alone, as in Loss-Free Balancin
 balance is, a move here shrinks with the imbalance, and the momentum damps what single batches say.
 """
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -33,6 +34,7 @@ class Momentum(Balancer):
     """
 
     balances_load: ClassVar[bool] = True
+    toy_options: ClassVar[Mapping[str, Any]] = {"rate": 0.01}
     bias: Tensor
     momentum: Tensor
 

@@ -8,7 +8,8 @@ weight·(1 − log E), a negative number, whatever the batch; only its gradient 
 probabilities, so that micro-batches of one size give the loss of the undivided batch.
 """
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -36,6 +37,7 @@ class Phi(Balancer):
     """
 
     balances_load: ClassVar[bool] = True
+    toy_options: ClassVar[Mapping[str, Any]] = {"weight": 1.0}
     loss_names: ClassVar[tuple[str, ...]] = ("phi",)
     mean_probabilities: Tensor
 

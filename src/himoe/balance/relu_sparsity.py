@@ -18,7 +18,8 @@ instance is given to several layers: then it has one λ and their mean S. Losses
 the place of the paper's λ/L; the controller finds its size by itself.
 """
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -46,6 +47,7 @@ class ReluSparsity(Balancer):
     """
 
     loss_names: ClassVar[tuple[str, ...]] = ("relu_sparsity",)
+    toy_options: ClassVar[Mapping[str, Any]] = {"start": 1e-2, "factor": 1.02}
 
     multiplier: Tensor
 

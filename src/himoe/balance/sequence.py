@@ -4,7 +4,8 @@ Like `Switch`, with f and P of one sequence, and the mean over sequences: it kee
 experts, which balance over the batch allows. At perfect balance in every sequence the value is exactly the weight.
 """
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -24,6 +25,7 @@ class SequenceBalance(Balancer):
     """
 
     balances_load: ClassVar[bool] = True
+    toy_options: ClassVar[Mapping[str, Any]] = {"weight": 0.3}
     loss_names: ClassVar[tuple[str, ...]] = ("sequence_balance",)
 
     def __init__(self, *, weight: float = 1e-4, source: str = "corrected") -> None:

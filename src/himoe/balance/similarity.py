@@ -8,7 +8,8 @@ of `frobenius` is E²/D − E, at rows that form a tight frame. We divide by the
 by the size of the gate. It looks at no token: similar tokens keep similar experts, and nothing makes the loads equal.
 """
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -30,6 +31,7 @@ class Similarity(Balancer):
     """
 
     loss_names: ClassVar[tuple[str, ...]] = ("router_similarity",)
+    toy_options: ClassVar[Mapping[str, Any]] = {"weight": 0.1}
 
     def __init__(self, *, weight: float = 0.01, norm: str = "frobenius") -> None:
         super().__init__()

@@ -7,7 +7,8 @@ under α when counts and probabilities disagree. It is not linear in the counts,
 the value of one undivided batch.
 """
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -27,6 +28,7 @@ class Switch(Balancer):
     """
 
     balances_load: ClassVar[bool] = True
+    toy_options: ClassVar[Mapping[str, Any]] = {"weight": 0.3}
     loss_names: ClassVar[tuple[str, ...]] = ("load_balance",)
 
     def __init__(self, *, weight: float = 0.01, source: str = "corrected") -> None:

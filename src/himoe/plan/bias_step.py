@@ -72,4 +72,5 @@ SCORES: dict[str, Callable[[Any], Any]] = {
     "relu": lambda logits: logits.clip(min=0),
     "softmax_over_selected": _over_largest,
 }
-"""`functional/scores.py` in numpy; without `softmax_per_group`, which depends on more than the number of experts."""
+"""`functional/scores.py` in numpy; without `softmax_per_group`, which depends on more than the number of
+experts. The steps of a bias that is added to other scores are not judged."""

@@ -81,7 +81,8 @@ def _of_places(experts: Experts, config: Config) -> Iterator[str]:
     if experts.any_number and experts.mean_top_k < experts.top_k:
         yield (
             f"{name!r} gives a token {experts.mean_top_k} experts on average and up to {experts.top_k}: active "
-            f"parameters and memory count {experts.top_k}, FLOPs {experts.mean_top_k}; max_k limits them"
+            f"parameters and memory count {experts.top_k}, FLOPs {experts.mean_top_k}; max_k limits them, and "
+            "lowers the average below this"
         )
     elif experts.any_number and experts.top_k > config.moe.top_k:
         yield f"{name!r} gives a token up to {experts.top_k} experts, and all of them are counted; max_k limits them"

@@ -21,7 +21,7 @@ from typing import Any
 
 from himoe.errors import ConfigError, nearest
 from himoe.plan.shape import Attention, Experts, LatentAttention, Layer, Network, Pool, Shape
-from himoe.registry import fact
+from himoe.registry import having
 
 DEFAULT_TRAINING = "olmoe_7b"
 
@@ -56,7 +56,7 @@ def named_shape(name: str) -> Shape:
     table = _table(name)
     dim, number = table["dim"], table["num_layers"]
     experts = _experts(table["moe"], dim)
-    dense = Network(table.get("ffn_dim", 0), fact("experts", table.get("ffn", "swiglu"), "matrices"))
+    dense = Network(table.get("ffn_dim", 0), having("experts", "matrices")[table.get("ffn", "swiglu")])
     layers: dict[tuple[Any, Any], int] = {}
     for index in range(number):
         has_experts = index >= table.get("dense_layers", 0) and (index + 1) % table.get("moe_every", 1) == 0
@@ -90,7 +90,7 @@ def _experts(moe: dict[str, Any], dim: int) -> Experts:
     number, groups = moe["num_experts"], moe.get("num_groups", 1)
     each = moe.get("top_k_per_group")
     top_k = moe["top_k"] if each is None else groups * each
-    matrices = fact("experts", moe.get("experts", "swiglu"), "matrices")
+    matrices = having("experts", "matrices")[moe.get("experts", "swiglu")]
     return Experts(
         pools=(Pool(number, Fraction(top_k), Network(moe["expert_dim"], matrices, moe.get("expert_bias", False))),),
         top_k=top_k,

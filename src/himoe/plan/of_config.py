@@ -29,7 +29,7 @@ def shape_of(config: Config, vocab_size: int | None = None) -> Shape:
     layers = []
     if count < model.num_layers:
         layers.append(
-            Layer(model.num_layers - count, attention, Network(model.ffn_dim, fact("experts", model.ffn, "matrices")))
+            Layer(model.num_layers - count, attention, Network(model.ffn_dim, having("experts", "matrices")[model.ffn]))
         )
     if count:
         layers.append(Layer(count, attention, experts_of(moe, model.dim)))
@@ -135,24 +135,9 @@ def _pool(num_experts: int, hidden_dim: int, kind: str, used: Fraction) -> Pool:
 
 def _gate(moe: MoEConfig, dim: int) -> tuple[int, int]:
     """Return multiply-adds and parameters of the gate; one of a reader's own counts as a linear one."""
-    return GATES.get(moe.gate or "", _linear)(moe, dim)
-
-
-def _linear(moe: MoEConfig, dim: int) -> tuple[int, int]:
-    return moe.num_experts * dim, moe.num_experts * dim
-
-
-def _noisy(moe: MoEConfig, dim: int) -> tuple[int, int]:
-    return 2 * moe.num_experts * dim, 2 * moe.num_experts * dim
-
-
-def _cosine(moe: MoEConfig, dim: int) -> tuple[int, int]:
-    width = moe.gate_options.get("proj_dim") or max(moe.num_experts // 2, 2)
-    products = width * (dim + moe.num_experts)
-    return products, products + 1
-
-
-GATES = {"linear": _linear, "noisy": _noisy, "cosine": _cosine}
+    matrix = moe.num_experts * dim
+    cost = fact("gates", moe.gate, "gate_cost", lambda *_: (matrix, matrix))
+    return cost(moe.num_experts, dim, moe.gate_options)
 
 
 def _has_expert_scale(moe: MoEConfig) -> bool:

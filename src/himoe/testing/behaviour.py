@@ -42,19 +42,6 @@ E, K, G, D, F = 8, 2, 4, 8, 16
 BATCH, HELD_OUT = 128, 2048
 HALVED = 0.5  # MaxVio after over before, of a strategy that balances
 
-# What the toy gives instead of the defaults, which are made for thousands of steps and logits of a real model.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "switch": {"weight": 0.3},
-    "sequence": {"weight": 0.3},
-    "global_batch": {"weight": 0.3},
-    "importance": {"weight": 0.1},
-    "load": {"weight": 0.1},
-    "phi": {"weight": 0.1},
-    "loss_free": {"rate": 0.01},
-    "momentum": {"rate": 0.01},
-    "relu_sparsity": {"start": 1e-2, "factor": 1.02},
-    "similarity": {"weight": 0.1},
-}
 AROUND = registry.having("balancers", "goes_with")  # what a strategy is made to go with
 FREE = ("replay",)  # selectors that have nothing to show here: their choice is given
 
@@ -83,7 +70,7 @@ class Strategy:
             num_experts=E,
             score=score,
             balancer=balancer,
-            renormalize=getattr(unbound(score), "renormalize", True),
+            renormalize=all(getattr(unbound(part), "renormalize", True) for part in (score, selector)),
         )
 
 
@@ -111,11 +98,13 @@ def strategies() -> list[Strategy]:
     """Return no balancing, every balancer, and every selector."""
     found = [NOTHING]
     for name in registry.BALANCERS:
-        claims = registry.load("balancers", name).balances_load
-        found.append(Strategy("balancers", name, claims, AROUND.get(name, {}), OPTIONS.get(name, {})))
+        entry = registry.load("balancers", name)
+        found.append(Strategy("balancers", name, entry.balances_load, AROUND.get(name, {}), dict(entry.toy_options)))
     for name in registry.SELECTORS:
         if name not in FREE:
-            found.append(Strategy("selectors", name, getattr(registry.load("selectors", name), "balances_load", False)))
+            entry, around = registry.load("selectors", name), registry.fact("selectors", name, "goes_with", {})
+            claims, options = getattr(entry, "balances_load", False), getattr(entry, "toy_options", {})
+            found.append(Strategy("selectors", name, claims, around, options))
     return found
 
 
@@ -156,7 +145,7 @@ def _bound(table: str, name: str, options: Mapping[str, Any] = MappingProxyType(
     given = _given(function)
     if name in registry.GROUPED_SELECTORS:
         given |= {"k": 1, "groups": Groups.equal(E, K)}  # one expert of each of K groups
-    return partial(function, **given, **options)
+    return partial(function, **{**given, **options})
 
 
 class Toy:

@@ -7,7 +7,7 @@ What a selector says of itself stands in attributes of its function: `causal = F
 earlier one's experts, `random = True` where random numbers decide in training, `balances_load = True` where experts
 get equal load whatever the scores are, `renormalize` where its authors do or do not divide a token's weights by their
 sum, `wanted(scores, context, **options) → (T, E) bool` where `max_k` may cut off experts that the rule asks for, and
-`on_few_tokens`, options with which it acts on the small batches of tests, where its defaults would do nothing there.
+`toy_options`, options with which it has something to choose in a toy's small batches, where its defaults have not.
 
 A selector is imported from its own file; those that other code needs are named here too.
 """

@@ -2,14 +2,18 @@
 
 Token choice fixes the experts of a token, expert choice the tokens of an expert; here neither is fixed, only their sum
 is: a token that many experts like strongly gets many, another none, and so do experts. K experts a token on average,
-T the real tokens of the batch. Nothing here balances the load; the paper adds the `similarity` loss for that. The
-paper's weights are the scores as they are.
+T the real tokens of one forward pass. Nothing here balances the load; the paper adds a loss on how alike the routings
+of tokens are, which is not here. The paper's weights are the scores as they are.
+
+Scores must compare across tokens, as `sigmoid` ones do: softmax makes every token's sum to 1, so that an undecided
+token would win more experts than a decided one.
 
 Not causal in training: whether a pair is among the best depends on all other tokens.
 
-Deviations: for inference the paper keeps a running mean of the score of the last pair taken and takes what lies above
-it, which is state that a function has not; here every token has its own K best in eval mode. `max_k` bounds the experts
-of a token: it then keeps its best, and the pairs that it loses go to nobody else.
+Deviations: the paper's scores are the logits themselves; `sigmoid` orders pairs alike and is never negative. For
+inference the paper keeps a running mean of the score of the last pair taken and takes what lies above it, which is
+state that a function has not; here every token has its own K best in eval mode. `max_k` bounds the experts of a token:
+it then keeps its best, and the pairs that it loses go to nobody else.
 """
 
 import torch
@@ -25,7 +29,8 @@ def expert_race(scores: Float[Tensor, "T E"], context: RouterContext, *, k: int,
 
     Args:
         scores: (T, E).
-        context: its mask says which tokens are real; padding is never taken. Outside training it is plain `top_k`.
+        context: its mask says which tokens are real; padding is never taken. Outside training
+            every token has its k best.
         k: mean number of experts of a token.
         max_k: most experts of a token; default all.
 

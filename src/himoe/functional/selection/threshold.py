@@ -43,4 +43,4 @@ def wanted(scores: Float[Tensor, "T E"], context: RouterContext, *, threshold: f
 
 
 threshold.wanted = wanted  # type: ignore[attr-defined]
-threshold.on_few_tokens = {"threshold": 0.1}  # type: ignore[attr-defined]
+threshold.toy_options = {"threshold": 0.1}  # type: ignore[attr-defined]

@@ -31,7 +31,7 @@ def top_k_in_tiles(
 
     Args:
         scores: (T, E).
-        context: its mask says which tokens are real; padding is never taken. Outside training it is plain `top_k`.
+        context: its mask says which tokens are real; padding is never taken. Outside training nothing is rounded.
         k: experts of a token before rounding.
         tile: rows of the kernel's tile.
         max_k: most experts of a token; default all. Memory is taken for T·max_k pairs.
@@ -68,4 +68,4 @@ def wanted(scores: Float[Tensor, "T E"], context: RouterContext, *, k: int, tile
 top_k_in_tiles.wanted = wanted  # type: ignore[attr-defined]
 top_k_in_tiles.causal = False  # type: ignore[attr-defined]
 top_k_in_tiles.causal_reason = "in training later tokens move an expert's count to the next tile"  # type: ignore[attr-defined]
-top_k_in_tiles.on_few_tokens = {"tile": 4}  # type: ignore[attr-defined]
+top_k_in_tiles.toy_options = {"tile": 4}  # type: ignore[attr-defined]

@@ -63,4 +63,4 @@ def _needed(best: Float[Tensor, "T K"], scores: Float[Tensor, "T E"], p: float) 
 
 top_p.wanted = wanted  # type: ignore[attr-defined]
 top_p.renormalize = False  # type: ignore[attr-defined]  # probabilities as they are
-top_p.on_few_tokens = {"p": 0.7, "max_k": 5}  # type: ignore[attr-defined]
+top_p.toy_options = {"p": 0.7, "max_k": 5}  # type: ignore[attr-defined]
