@@ -1,0 +1,73 @@
+"""Threads that share out a list of tasks, each computing with one thread of torch's inside.
+
+A product of a few hundred rows is too small to be split: two threads that compute two products wait for each other
+once at the end, two that split every product wait at the end of each. torch lets go of Python's lock while it computes.
+What a task writes must be its own, so that the results do not depend on the number of workers.
+"""
+
+import functools
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+import torch
+
+Task, Space = TypeVar("Task"), TypeVar("Space")
+_lock = threading.Lock()
+
+
+def _compute_alone() -> None:
+    """Give this thread one thread of torch's.
+
+    `torch.set_num_threads` sets the number of the thread that calls it, and the one that threads to come take; the
+    second is put back by a thread that has no other use.
+    """
+    with _lock:
+        of_others = torch.get_num_threads()  # asked for the first time in a thread, it is what new ones take
+        torch.set_num_threads(1)
+        restorer = threading.Thread(target=torch.set_num_threads, args=(of_others,))
+        restorer.start()
+        restorer.join()
+
+
+@functools.cache
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:  # noqa: ARG001 - a forked child has none of its parent's
+    return ThreadPoolExecutor(threads, "himoe", initializer=_compute_alone)
+
+
+def share_out(do: Callable[[Task, Space], None], tasks: Iterable[Task], spaces: Sequence[Space]) -> None:
+    """Call do(task, space) for every task, in their order but `len(spaces)` at a time, each with a space of its own.
+
+    With one space it is a plain loop. Callers in several threads share the workers; a task must not call this itself.
+    Gradients are not recorded. What a task raises ends its worker's part, and is raised once nobody works any more.
+    """
+    if len(spaces) == 1:
+        for task in tasks:
+            do(task, spaces[0])
+        return
+    left = deque(tasks)
+
+    def work(space: Space) -> None:
+        with torch.inference_mode():  # whose tensors only it may change; it changes others as well
+            while left:
+                try:
+                    task = left.popleft()
+                except IndexError:  # another was faster
+                    return
+                do(task, space)
+
+    running: list[Future[None]] = []
+    try:
+        pool = _pool(len(spaces), os.getpid())
+        try:
+            running += [pool.submit(work, space) for space in spaces]
+        except RuntimeError:  # the interpreter is shutting down and starts no thread
+            work(spaces[0])
+        for future in running:
+            future.result()
+    finally:
+        left.clear()
+        wait(running)
