@@ -56,6 +56,10 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.is_cpu and x.dtype == torch.bfloat16 and not multiplies_bf16() else x.dtype
 
 
+def _num_workers(x: Tensor, work: int) -> int:
+    return torch.get_num_threads() if x.is_cpu and work >= SMALL else 1
+
+
 def _over_batches(do: Callable[[_Batch, Tensor], None], x: Tensor, rows: SortedPairs, row: int, cost: int) -> None:
     """Call do(batch, space) for all batches, space being fresh memory of (rows of the batch, `row`).
 
@@ -67,9 +71,9 @@ def _over_batches(do: Callable[[_Batch, Tensor], None], x: Tensor, rows: SortedP
         cost: multiplications of a row.
     """
     batches = sorted(_batches(rows.offsets), key=lambda b: b.rows.start - b.rows.stop)
-    total, threads = int(rows.offsets[-1]), torch.get_num_threads()
-    alone = threads == 1 or not x.is_cpu or total * cost < SMALL
-    wide = [b for b in batches if alone or (b.rows.stop - b.rows.start) * 2 * threads > total]
+    total = int(rows.offsets[-1])
+    threads = _num_workers(x, total * cost)
+    wide = [b for b in batches if threads == 1 or (b.rows.stop - b.rows.start) * 2 * threads > total]
     for some, workers in ((wide, 1), (batches[len(wide) :], threads)):
         if some:
             longest = some[0].rows.stop - some[0].rows.start
@@ -187,7 +191,20 @@ def sum_pairs(values: Tensor, rows: SortedPairs, top_k: int, weights: Tensor | N
     values[int(rows.offsets[-1]) :] = 0
     if weights is not None:  # those of unkept pairs may be anything
         weights = weights.to(values.dtype).where((rows.row_of_pair < rows.offsets[-1]).view_as(weights), 0)
+    row_of_pair, y = rows.row_of_pair.view(-1, top_k), values.new_empty(len(values) // top_k, values.shape[1])
+    threads = _num_workers(values, values.numel() * 16)
+    chunks = range(0, len(y), size := max(1, -(-len(y) // (4 * threads))))
+
+    def run(start: int, _: None) -> None:
+        chunk = slice(start, start + size)
+        y[chunk] = _sum(values, row_of_pair[chunk], None if weights is None else weights[chunk])
+
+    share_out(run, chunks, [None] * threads)
+    return y
+
+
+def _sum(values: Tensor, ids: Tensor, weights: Tensor | None) -> Tensor:
     if values.is_cpu and values.dtype != torch.float16:  # no (T·K, D) copy
-        return F.embedding_bag(rows.row_of_pair.view(-1, top_k), values, mode="sum", per_sample_weights=weights)
-    pairs = values[rows.row_of_pair].unflatten(0, (-1, top_k))
+        return F.embedding_bag(ids, values, mode="sum", per_sample_weights=weights)
+    pairs = values[ids]
     return (pairs if weights is None else pairs * weights[..., None]).sum(1)

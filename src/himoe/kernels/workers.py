@@ -15,8 +15,13 @@ from typing import TypeVar
 
 import torch
 
-Task, Space = TypeVar("Task"), TypeVar("Space")
-_lock = threading.Lock()
+Task = TypeVar("Task")
+Space = TypeVar("Space")
+
+
+@functools.cache
+def _lock(process: int) -> threading.Lock:  # noqa: ARG001 - one that was held when the process forked stays held
+    return threading.Lock()
 
 
 def _compute_alone() -> None:
@@ -25,7 +30,7 @@ def _compute_alone() -> None:
     `torch.set_num_threads` sets the number of the thread that calls it, and the one that threads to come take; the
     second is put back by a thread that has no other use.
     """
-    with _lock:
+    with _lock(os.getpid()):
         of_others = torch.get_num_threads()  # asked for the first time in a thread, it is what new ones take
         torch.set_num_threads(1)
         restorer = threading.Thread(target=torch.set_num_threads, args=(of_others,))
@@ -35,7 +40,10 @@ def _compute_alone() -> None:
 
 @functools.cache
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:  # noqa: ARG001 - a forked child has none of its parent's
-    return ThreadPoolExecutor(threads, "himoe", initializer=_compute_alone)
+    pool = ThreadPoolExecutor(threads, "himoe", initializer=_compute_alone)
+    everybody = threading.Barrier(threads)
+    wait([pool.submit(everybody.wait) for _ in range(threads)])  # a fork from here on finds none half set up
+    return pool
 
 
 def share_out(do: Callable[[Task, Space], None], tasks: Iterable[Task], spaces: Sequence[Space]) -> None:
@@ -61,8 +69,8 @@ def share_out(do: Callable[[Task, Space], None], tasks: Iterable[Task], spaces: 
 
     running: list[Future[None]] = []
     try:
-        pool = _pool(len(spaces), os.getpid())
         try:
+            pool = _pool(len(spaces), os.getpid())
             running += [pool.submit(work, space) for space in spaces]
         except RuntimeError:  # the interpreter is shutting down and starts no thread
             work(spaces[0])
