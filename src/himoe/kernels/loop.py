@@ -32,12 +32,10 @@ class _Batch(NamedTuple):
     sizes: list[int]
 
 
-def _batches(offsets: Tensor) -> Iterator[_Batch]:
+def _batches(offsets: Tensor, most: int) -> Iterator[_Batch]:
     first = start = end = 0
     sizes: list[int] = []
-    ends = offsets.tolist()
-    most = min(ROWS, ends[-1] // PART)
-    for e, next_end in enumerate(ends):
+    for e, next_end in enumerate(offsets.tolist()):
         if sizes and next_end - start > most:
             yield _Batch(slice(first, e), slice(start, end), sizes)
             first, start, sizes = e, end, []
@@ -70,15 +68,15 @@ def _over_batches(do: Callable[[_Batch, Tensor], None], x: Tensor, rows: SortedP
         row: numbers a row needs, for what exists only while a batch is computed.
         cost: multiplications of a row.
     """
-    batches = sorted(_batches(rows.offsets), key=lambda b: b.rows.start - b.rows.stop)
     total = int(rows.offsets[-1])
     threads = _num_workers(x, total * cost)
+    most = min(ROWS, total // max(PART, 4 * threads))
+    batches = sorted(_batches(rows.offsets, most), key=lambda b: b.rows.start - b.rows.stop)
     wide = [b for b in batches if threads == 1 or (b.rows.stop - b.rows.start) * 2 * threads > total]
     for some, workers in ((wide, 1), (batches[len(wide) :], threads)):
         if some:
-            longest = some[0].rows.stop - some[0].rows.start
-            spaces = x.new_empty(min(workers, len(some)), longest * row, dtype=_product_dtype(x))
-            share_out(do, some, spaces.unbind())
+            size = (some[0].rows.stop - some[0].rows.start) * row
+            share_out(do, some, x.new_empty(min(workers, len(some)), size, dtype=_product_dtype(x)).unbind())
 
 
 def _carve(space: Tensor, num_rows: int, *widths: int) -> list[Tensor]:
@@ -161,11 +159,10 @@ def backward(
             act.shared(hidden_here, unit, d_hidden)
         elif need_weights or need_down:
             act.forward(hidden_here, unit)
+        if d_down is not None:
+            _products(d_y.mul_(weight).T.split(sizes, 1), unit.split(sizes), d_down[experts].unbind())
         if d_weight_of_row is not None:
-            torch.linalg.vecdot(d_unit, unit, out=d_weight_of_row[here])
-        if d_down is not None:  # the weight goes to the narrower of the two
-            (d_y if width < units else unit).mul_(weight)
-            _products(d_y.T.split(sizes, 1), unit.split(sizes), d_down[experts].unbind())
+            torch.sum(unit.mul_(d_unit), 1, out=d_weight_of_row[here])
         if not (need_x or need_up):
             return
         (act.backward_of_shared or act.backward)(hidden_here, d_unit.mul_(weight), d_hidden)
@@ -191,15 +188,17 @@ def sum_pairs(values: Tensor, rows: SortedPairs, top_k: int, weights: Tensor | N
     values[int(rows.offsets[-1]) :] = 0
     if weights is not None:  # those of unkept pairs may be anything
         weights = weights.to(values.dtype).where((rows.row_of_pair < rows.offsets[-1]).view_as(weights), 0)
-    row_of_pair, y = rows.row_of_pair.view(-1, top_k), values.new_empty(len(values) // top_k, values.shape[1])
-    threads = _num_workers(values, values.numel() * 16)
-    chunks = range(0, len(y), size := max(1, -(-len(y) // (4 * threads))))
+    row_of_pair, threads = rows.row_of_pair.view(-1, top_k), _num_workers(values, 16 * values.numel())
+    if threads == 1:
+        return _sum(values, row_of_pair, weights)
+    y = values.new_empty(len(row_of_pair), values.shape[1])
+    size = -(-len(y) // (4 * threads))
 
     def run(start: int, _: None) -> None:
-        chunk = slice(start, start + size)
-        y[chunk] = _sum(values, row_of_pair[chunk], None if weights is None else weights[chunk])
+        here = slice(start, start + size)
+        y[here] = _sum(values, row_of_pair[here], None if weights is None else weights[here])
 
-    share_out(run, chunks, [None] * threads)
+    share_out(run, range(0, len(y), size), [None] * threads)
     return y
 
 
