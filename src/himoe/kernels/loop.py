@@ -119,7 +119,7 @@ def forward(
         _products(x_here.split(sizes), ups, hidden[here].split(sizes))
         act.forward(hidden[here].to(dtype), unit)
         if x.dtype == torch.float16:  # what is not weighted yet may be too large for it
-            unit.mul_(weights.flatten()[rows.pair_of_row[here], None].to(dtype))
+            unit.mul_(weights.flatten().index_select(0, rows.pair_of_row[here])[:, None].to(dtype))
         _products(unit.split(sizes), downs, out[here].split(sizes))
 
     _over_batches(run, x, rows, width + units, width * units)
@@ -142,7 +142,7 @@ def backward(
     need_x, need_weights, need_up, need_down = needs
     num_pairs, top_k = rows.pair_of_row.numel(), weights.shape[1]
     token_of_row = rows.pair_of_row // top_k
-    weight_of_row = weights.flatten()[rows.pair_of_row, None].to(dtype)
+    weight_of_row = weights.flatten().index_select(0, rows.pair_of_row)[:, None].to(dtype)
     _, width, units = down_proj.shape
     d_row = large_pages.empty(num_pairs, width, like=x) if need_x else None
     d_weight_of_row = x.new_zeros(num_pairs, dtype=dtype) if need_weights else None
@@ -176,7 +176,7 @@ def backward(
     d_x = None if d_row is None else sum_pairs(d_row, rows, top_k)
     d_weights = None
     if d_weight_of_row is not None:
-        d_weights = d_weight_of_row[rows.row_of_pair].view_as(weights).to(weights.dtype)
+        d_weights = d_weight_of_row.index_select(0, rows.row_of_pair).view_as(weights).to(weights.dtype)
     return d_x, d_weights, d_up, d_down
 
 

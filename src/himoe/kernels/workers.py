@@ -3,6 +3,10 @@
 A product of a few hundred rows is too small to be split: two threads that compute two products wait for each other
 once at the end, two that split every product wait at the end of each. torch lets go of Python's lock while it computes.
 What a task writes must be its own, so that the results do not depend on the number of workers.
+
+OpenMP's threads look for more to do for some 8 ms after an operation that used them, and take a worker's core for so
+long. So what surrounds the tasks is best made of operations that use one thread: `index_select` and `scatter_` do for
+a few thousand numbers, `[]` with a tensor does not.
 """
 
 import functools
