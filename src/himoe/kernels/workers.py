@@ -45,7 +45,7 @@ def _compute_alone() -> None:
 @functools.cache
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:  # noqa: ARG001 - a forked child has none of its parent's
     pool = ThreadPoolExecutor(threads, "himoe", initializer=_compute_alone)
-    everybody = threading.Barrier(threads)
+    everybody = threading.Barrier(threads, timeout=10)  # seconds, should some not start
     wait([pool.submit(everybody.wait) for _ in range(threads)])  # a fork from here on finds none half set up
     return pool
 
@@ -74,10 +74,12 @@ def share_out(do: Callable[[Task, Space], None], tasks: Iterable[Task], spaces: 
     running: list[Future[None]] = []
     try:
         try:
-            pool = _pool(len(spaces), os.getpid())
-            running += [pool.submit(work, space) for space in spaces]
-        except RuntimeError:  # the interpreter is shutting down and starts no thread
-            work(spaces[0])
+            pool = _pool(max(torch.get_num_threads(), len(spaces)), os.getpid())
+            for space in spaces:
+                running.append(pool.submit(work, space))
+        except RuntimeError:  # the interpreter is shutting down or can start no thread: others or this one do it all
+            if not running:
+                work(spaces[0])
         for future in running:
             future.result()
     finally:
