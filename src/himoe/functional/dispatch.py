@@ -31,8 +31,8 @@ def sort_by_expert(expert_ids: Int[Tensor, "T K"], kept: Bool[Tensor, "T K"], nu
     """Sort the pairs by expert, token order kept inside each expert."""
     key = expert_ids.where(kept, num_experts).flatten()
     pair_of_row = key.argsort(stable=True)
-    row_of_pair = torch.empty_like(pair_of_row)
-    row_of_pair[pair_of_row] = torch.arange(key.numel(), device=key.device)
+    row = torch.arange(key.numel(), device=key.device)
+    row_of_pair = torch.empty_like(row).scatter_(0, pair_of_row, row)
     counts = count_pairs(expert_ids, kept, num_experts)
     return SortedPairs(pair_of_row, row_of_pair, counts.cumsum(0).to(torch.int32))
 

@@ -40,7 +40,7 @@ def forward(
     act = ACTIVATIONS[activation]
     token, weight, kept_row = _row_facts(weights, rows, x.dtype)
     hidden = F.grouped_mm(x[token], up_proj.transpose(1, 2), offs=rows.offsets)
-    unit = act.forward(hidden).mul_(weight)
+    unit = act.forward(hidden, hidden.new_empty(hidden.shape[0], down_proj.shape[2])).mul_(weight)
     out = F.grouped_mm(unit, down_proj.transpose(1, 2), offs=rows.offsets)
     return _sum_kept(out, kept_row, rows, weights.shape[1]), hidden
 
@@ -64,14 +64,14 @@ def backward(
     d_unit = F.grouped_mm(d_y, down_proj, offs=rows.offsets)
     d_x = d_weights = d_up = d_down = None
     if need_weights or need_down:
-        unit = act.forward(hidden)
+        unit = act.forward(hidden, torch.empty_like(d_unit))
         if need_weights:
             d_weight_of_row = torch.linalg.vecdot(d_unit, unit).where(kept_row[:, 0], 0)
             d_weights = d_weight_of_row[rows.row_of_pair].view_as(weights).to(weights.dtype)
         if need_down:
             d_down = F.grouped_mm(d_y.T, unit.mul_(weight), offs=rows.offsets)
     if need_x or need_up:
-        d_hidden = act.backward(hidden, d_unit.mul_(weight))
+        d_hidden = act.backward(hidden, d_unit.mul_(weight), torch.empty_like(hidden))
         if need_x:
             d_x = _sum_kept(F.grouped_mm(d_hidden, up_proj, offs=rows.offsets), kept_row, rows, weights.shape[1])
         if need_up:

@@ -1,13 +1,14 @@
 """Backend `loop`: one dense product after another over the experts, all else over a few experts at once.
 
 Runs everywhere in every floating dtype. Rows are gathered for the next experts only, so nothing of size (T·K, D) is
-made of the input, and what one batch of experts leaves in the cache its next step finds there. On a CPU without bf16
-instructions, where torch's bf16 products are 5 to 80 times slower than fp32 ones, bf16 is widened for them. On a GPU
-it reads the counts back to the host; prefer `grouped` there.
+made of the input, and what one batch of experts leaves in the cache its next step finds there. On a CPU several
+batches are computed at a time, each by one thread (`workers`), then those experts that have a large share of all rows,
+by all threads. On a CPU without bf16 instructions, where torch's bf16 products are 5 to 80 times slower than fp32
+ones, bf16 is widened for them. On a GPU it reads the counts back to the host; prefer `grouped` there.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,9 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from himoe.functional.dispatch import SortedPairs
+from himoe.kernels import large_pages
 from himoe.kernels.activation import ACTIVATIONS
+from himoe.kernels.workers import share_out
 
 ROWS, PART = 2048, 16  # a batch of experts has at most so many rows, and this part of all, or else one expert
+SMALL = 2**24  # multiplications of all rows with one projection: fewer are done before a worker has woken up
 
 
 class _Batch(NamedTuple):
@@ -28,12 +32,10 @@ class _Batch(NamedTuple):
     sizes: list[int]
 
 
-def _batches(offsets: Tensor) -> Iterator[_Batch]:
+def _batches(offsets: Tensor, most: int) -> Iterator[_Batch]:
     first = start = end = 0
     sizes: list[int] = []
-    ends = offsets.tolist()
-    most = min(ROWS, ends[-1] // PART)
-    for e, next_end in enumerate(ends):
+    for e, next_end in enumerate(offsets.tolist()):
         if sizes and next_end - start > most:
             yield _Batch(slice(first, e), slice(start, end), sizes)
             first, start, sizes = e, end, []
@@ -52,20 +54,49 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.is_cpu and x.dtype == torch.bfloat16 and not multiplies_bf16() else x.dtype
 
 
-def _space(batches: list[_Batch], x: Tensor) -> Tensor:
-    """Return room for the rows of the longest batch: fresh memory costs page by page."""
-    return x.new_empty(max(b.rows.stop - b.rows.start for b in batches), x.shape[1])
+def _num_workers(x: Tensor, work: int) -> int:
+    return torch.get_num_threads() if x.is_cpu and work >= SMALL else 1
 
 
-def _gather(tokens: Tensor, ids: Tensor, space: Tensor) -> Tensor:
-    return torch.index_select(tokens, 0, ids, out=space[: ids.numel()])
+def _over_batches(do: Callable[[_Batch, Tensor], None], x: Tensor, rows: SortedPairs, row: int, cost: int) -> None:
+    """Call do(batch, space) for all batches, space being fresh memory of (rows of the batch, `row`).
+
+    Args:
+        do: must write to what no other batch does.
+        x: whose dtype in products and device the space has.
+        rows: of all experts.
+        row: numbers a row needs, for what exists only while a batch is computed.
+        cost: multiplications of a row.
+    """
+    total = int(rows.offsets[-1])
+    threads = _num_workers(x, total * cost)
+    most = min(ROWS, total // max(PART, 4 * threads))
+    batches = sorted(_batches(rows.offsets, most), key=lambda b: b.rows.start - b.rows.stop)
+    wide = [b for b in batches if threads == 1 or (b.rows.stop - b.rows.start) * 2 * threads > total]
+    for some, workers in ((batches[len(wide) :], threads), (wide, 1)):  # OpenMP's threads would disturb the workers
+        if some:
+            size = (some[0].rows.stop - some[0].rows.start) * row
+            share_out(do, some, x.new_empty(min(workers, len(some)), size, dtype=_product_dtype(x)).unbind())
+
+
+def _carve(space: Tensor, num_rows: int, *widths: int) -> list[Tensor]:
+    """Return a (num_rows, width) tensor for each width, one behind the other in `space`."""
+    parts = space[: num_rows * sum(widths)].split([num_rows * width for width in widths])
+    return [part.view(num_rows, width) for part, width in zip(parts, widths, strict=True)]
+
+
+def _gather(tokens: Tensor, ids: Tensor, out: Tensor) -> Tensor:
+    if tokens.dtype == out.dtype:
+        return torch.index_select(tokens, 0, ids, out=out)
+    return out.copy_(tokens[ids])
 
 
 def _products(lefts: Sequence[Tensor], rights: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
     """Write left·right of every expert into out; an expert without rows gets zeros for a weight's gradient."""
+    one_dtype = lefts[0].dtype == rights[0].dtype == outs[0].dtype
     for left, right, out in zip(lefts, rights, outs, strict=True):
-        if left.dtype == out.dtype:
-            torch.mm(left, right.to(left.dtype), out=out)
+        if one_dtype:
+            torch.mm(left, right, out=out)
         else:
             out.copy_(left @ right.to(left.dtype))
 
@@ -77,18 +108,22 @@ def forward(
     act, dtype = ACTIVATIONS[activation], _product_dtype(x)
     num_pairs, top_k = rows.pair_of_row.numel(), weights.shape[1]
     token_of_row = rows.pair_of_row // top_k
-    hidden = x.new_empty(num_pairs, up_proj.shape[1])
-    out = x.new_empty(num_pairs, x.shape[1])
-    batches = list(_batches(rows.offsets))
-    space = _space(batches, x)
-    for experts, here, sizes in batches:
+    _, width, units = down_proj.shape
+    hidden = large_pages.empty(num_pairs, up_proj.shape[1], like=x)
+    out = large_pages.empty(num_pairs, width, like=x)
+
+    def run(batch: _Batch, space: Tensor) -> None:
+        experts, here, sizes = batch
         ups, downs = (w[experts].transpose(1, 2).unbind() for w in (up_proj, down_proj))
-        x_here = _gather(x, token_of_row[here], space).to(dtype)
+        x_here, unit = _carve(space, sum(sizes), width, units)
+        _gather(x, token_of_row[here], x_here)
         _products(x_here.split(sizes), ups, hidden[here].split(sizes))
-        unit = act.forward(hidden[here].to(dtype))
+        act.forward(hidden[here].to(dtype), unit)
         if x.dtype == torch.float16:  # what is not weighted yet may be too large for it
-            unit.mul_(weights.flatten()[rows.pair_of_row[here], None].to(dtype))
+            unit.mul_(weights.flatten().index_select(0, rows.pair_of_row[here])[:, None].to(dtype))
         _products(unit.split(sizes), downs, out[here].split(sizes))
+
+    _over_batches(run, x, rows, width + units, width * units)
     return sum_pairs(out, rows, top_k, None if x.dtype == torch.float16 else weights), hidden
 
 
@@ -108,40 +143,41 @@ def backward(
     need_x, need_weights, need_up, need_down = needs
     num_pairs, top_k = rows.pair_of_row.numel(), weights.shape[1]
     token_of_row = rows.pair_of_row // top_k
-    weight_of_row = weights.flatten()[rows.pair_of_row, None].to(dtype)
-    d_row = x.new_empty(num_pairs, x.shape[1]) if need_x else None
+    weight_of_row = weights.flatten().index_select(0, rows.pair_of_row)[:, None].to(dtype)
+    _, width, units = down_proj.shape
+    d_row = large_pages.empty(num_pairs, width, like=x) if need_x else None
     d_weight_of_row = x.new_zeros(num_pairs, dtype=dtype) if need_weights else None
-    d_up = up_proj.new_empty(*up_proj.shape) if need_up else None
-    d_down = down_proj.new_empty(*down_proj.shape) if need_down else None
-    batches = list(_batches(rows.offsets))
-    space = _space(batches, x)
-    for experts, here, sizes in batches:
+    d_up = large_pages.empty(*up_proj.shape, like=up_proj) if need_up else None
+    d_down = large_pages.empty(*down_proj.shape, like=down_proj) if need_down else None
+
+    def run(batch: _Batch, space: Tensor) -> None:
+        experts, here, sizes = batch
         tokens, weight, hidden_here = token_of_row[here], weight_of_row[here], hidden[here].to(dtype)
-        d_y = _gather(grad, tokens, space).to(dtype)
-        d_unit = d_y.new_empty(d_y.shape[0], down_proj.shape[2])
+        d_y, unit, d_unit, d_hidden = _carve(space, sum(sizes), width, units, units, hidden.shape[1])
+        _gather(grad, tokens, d_y)
         _products(d_y.split(sizes), down_proj[experts].unbind(), d_unit.split(sizes))
-        unit, shared = act.shared(hidden_here) if act.shared else (act.forward(hidden_here), None)
+        if act.shared is not None:
+            act.shared(hidden_here, unit, d_hidden)
+        elif need_weights or need_down:
+            act.forward(hidden_here, unit)
+        if d_down is not None:
+            _products(d_y.mul_(weight).T.split(sizes, 1), unit.split(sizes), d_down[experts].unbind())
         if d_weight_of_row is not None:
-            torch.linalg.vecdot(d_unit, unit, out=d_weight_of_row[here])
-        if d_down is not None:  # the weight goes to the narrower of the two
-            left, right = (d_y.mul_(weight), unit) if d_y.shape[1] < unit.shape[1] else (d_y, unit.mul_(weight))
-            _products(left.T.split(sizes, 1), right.split(sizes), d_down[experts].unbind())
+            torch.sum(unit.mul_(d_unit), 1, out=d_weight_of_row[here])
         if not (need_x or need_up):
-            continue
-        d_unit.mul_(weight)
-        if act.backward_of_shared is not None and shared is not None:
-            d_hidden = act.backward_of_shared(hidden_here, shared, d_unit)
-        else:
-            d_hidden = act.backward(hidden_here, d_unit)
+            return
+        (act.backward_of_shared or act.backward)(hidden_here, d_unit.mul_(weight), d_hidden)
         if d_row is not None:
             _products(d_hidden.split(sizes), up_proj[experts].unbind(), d_row[here].split(sizes))
         if d_up is not None:
-            x_here = _gather(x, tokens, space).to(dtype)  # d_y is done with
+            x_here = _gather(x, tokens, d_y)  # d_y is done with
             _products(d_hidden.T.split(sizes, 1), x_here.split(sizes), d_up[experts].unbind())
+
+    _over_batches(run, x, rows, width + 2 * units + hidden.shape[1], width * units)
     d_x = None if d_row is None else sum_pairs(d_row, rows, top_k)
     d_weights = None
     if d_weight_of_row is not None:
-        d_weights = d_weight_of_row[rows.row_of_pair].view_as(weights).to(weights.dtype)
+        d_weights = d_weight_of_row.index_select(0, rows.row_of_pair).view_as(weights).to(weights.dtype)
     return d_x, d_weights, d_up, d_down
 
 
@@ -153,7 +189,22 @@ def sum_pairs(values: Tensor, rows: SortedPairs, top_k: int, weights: Tensor | N
     values[int(rows.offsets[-1]) :] = 0
     if weights is not None:  # those of unkept pairs may be anything
         weights = weights.to(values.dtype).where((rows.row_of_pair < rows.offsets[-1]).view_as(weights), 0)
+    row_of_pair, threads = rows.row_of_pair.view(-1, top_k), _num_workers(values, 16 * values.numel())
+    if threads == 1:
+        return _sum(values, row_of_pair, weights)
+    y = values.new_empty(len(row_of_pair), values.shape[1])
+    size = -(-len(y) // (4 * threads))
+
+    def run(start: int, _: None) -> None:
+        here = slice(start, start + size)
+        y[here] = _sum(values, row_of_pair[here], None if weights is None else weights[here])
+
+    share_out(run, range(0, len(y), size), [None] * threads)
+    return y
+
+
+def _sum(values: Tensor, ids: Tensor, weights: Tensor | None) -> Tensor:
     if values.is_cpu and values.dtype != torch.float16:  # no (T·K, D) copy
-        return F.embedding_bag(rows.row_of_pair.view(-1, top_k), values, mode="sum", per_sample_weights=weights)
-    pairs = values[rows.row_of_pair].unflatten(0, (-1, top_k))
+        return F.embedding_bag(ids, values, mode="sum", per_sample_weights=weights)
+    pairs = values[ids]
     return (pairs if weights is None else pairs * weights[..., None]).sum(1)
