@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Sequence
 
 import himoe
+from himoe.cli.analyze import Analyze
 from himoe.cli.bench import BENCH_VERBS, Bench
 from himoe.cli.check import Check
 from himoe.cli.evaluate import Eval
@@ -21,6 +22,7 @@ from himoe.cli.listing import List
 from himoe.cli.parsing import parse
 from himoe.cli.plan import Plan
 from himoe.cli.prepare import Prepare
+from himoe.cli.recommend import Recommend
 from himoe.cli.report import Report
 from himoe.cli.train import Train
 from himoe.errors import ConfigError, HimoeError, HimoeWarning, nearest
@@ -32,6 +34,8 @@ VERBS = {
     "generate": Generate,
     "report": Report,
     "plan": Plan,
+    "analyze": Analyze,
+    "recommend": Recommend,
     "check": Check,
     "bench": Bench,
     "list": List,
@@ -114,7 +118,7 @@ def _dispatch(arguments: list[str]) -> int:
 def help_text() -> str:
     """Return the help of the program itself, with the first line of each verb."""
     first = {name: (inspect.getdoc(verb) or "").partition("\n")[0] for name, verb in VERBS.items()}
-    return HELP.format(verbs="\n".join(f"  {name:<9}{line}" for name, line in first.items()))
+    return HELP.format(verbs="\n".join(f"  {name:<10}{line}" for name, line in first.items()))
 
 
 def _fail(message: str, status: int, debug: bool) -> int:

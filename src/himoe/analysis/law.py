@@ -1,0 +1,377 @@
+"""The fitted law: validation loss as a function of active parameters, sparsity, granularity and tokens.
+
+    L = E + A · n^−α · s^−γ · exp(½δ·ln²s + λ·ln g + ½κ·ln²g + μ·ln g·ln n + ρ·ln s·ln d) + B · d^−β
+
+with n active parameters without embeddings and routers, s = E/K, g = F/(4·D) and d tokens, each over its geometric mean in the
+sweep. The frame (an offset, a power of the parameters, a power of the tokens) is that of Chinchilla (arXiv 2203.15556).
+The factor of s and g is the least that can say what Slicing and Dicing found (arXiv 2605.11689): loss falls with s (γ),
+perhaps not for ever (δ); the best g is a minimum in ln g that moves with the active size (κ, μ) and not with the total
+(no term in s and g together); how much experts are worth depends on the tokens (ρ). The loss of one scale after equally
+many tokens is then log-quadratic, with no offset to guess.
+
+A parameter is fitted only where the settings can tell it from those before it in `TERMS`; the others are left out, with
+the reason. Points are settings, means over their seeds: seeds of a setting are no further settings. Fitted on log loss
+with Huber's loss, from several starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from himoe.analysis.runs import number
+from himoe.analysis.settings import Setting, families
+from himoe.errors import DataError, MissingExtraError
+
+Array = np.ndarray
+
+SPARE = 3
+"""Settings that there must be beyond the parameters: their residuals are all that tells how good the fit is."""
+NEW = 0.05
+"""Share of a term's variation that the terms before it must leave unexplained."""
+FLAT = 0.02
+"""Standard deviation of a logarithm under which an axis does not vary."""
+CHINCHILLA_BETA = 0.28
+"""β where two numbers of tokens cannot give it (arXiv 2203.15556, equation 10)."""
+HUBER = 1.345
+"""Threshold in standard deviations: 95 % as efficient as least squares on normal residuals."""
+
+
+@dataclass(frozen=True)
+class Points:
+    """What a law is fitted to: natural logarithms, one entry a setting.
+
+    Attributes:
+        n: active parameters without embeddings and routers, those of the smallest model of the same active size.
+        s: E/K.
+        g: F/(4·D).
+        d: tokens.
+        loss: log of the mean cross-entropy.
+        seeds: runs behind each mean.
+    """
+
+    n: Array
+    s: Array
+    g: Array
+    d: Array
+    loss: Array
+    seeds: Array
+
+    def __len__(self) -> int:
+        return len(self.loss)
+
+    def take(self, which: Array) -> Points:
+        """Return some of the points."""
+        return Points(*(getattr(self, name)[which] for name in ("n", "s", "g", "d", "loss", "seeds")))
+
+
+def points_of(settings: Sequence[Setting]) -> tuple[Points, list[Setting]]:
+    """Return the points of the settings that say all of it, and these settings."""
+    sizes = {id(one): family[0].active for family in families(settings) for one in family}
+    used = [one for one in settings if _complete(one) and id(one) in sizes]
+    columns = [
+        [sizes[id(one)] for one in used],
+        [number(one.fact("sparsity")) for one in used],
+        [number(one.fact("granularity")) for one in used],
+        [one.tokens for one in used],
+        [one.loss.value for one in used],
+    ]
+    logs = [np.log(np.array(column, dtype=float)) for column in columns]
+    return Points(*logs, seeds=np.array([one.loss.n for one in used], dtype=float)), used
+
+
+def _complete(one: Setting) -> bool:
+    sizes = [number(one.fact(column)) for column in ("sparsity", "granularity")]
+    return not one.is_dense and all(value is not None and value > 0 for value in sizes) and one.loss.value > 0
+
+
+Column = Callable[[Any], Any]
+TERMS: dict[str, tuple[str, Column]] = {
+    "A": ("a constant", lambda x: np.ones_like(x.n)),
+    "alpha": ("active parameters", lambda x: -x.n),
+    "gamma": ("sparsity", lambda x: -x.s),
+    "lambda": ("granularity", lambda x: x.g),
+    "B": ("tokens", lambda x: -x.d),
+    "kappa": ("a minimum in granularity", lambda x: x.g**2 / 2),
+    "delta": ("a bend in sparsity", lambda x: x.s**2 / 2),
+    "beta": ("the exponent of tokens", lambda x: x.d**2 / 2),
+    "E": ("the offset", lambda x: x.n**2 / 2),
+    "mu": ("a minimum in granularity that moves with active parameters", lambda x: x.g * x.n),
+    "rho": ("sparsity worth more with more tokens", lambda x: x.s * x.d),
+}
+"""What each parameter stands for and, for B, β and E, the column that would tell it in a log-linear law."""
+OUTSIDE = ("E", "B", "beta")
+AXES = {"alpha": "n", "gamma": "s", "lambda": "g", "B": "d", "kappa": "g", "delta": "s", "beta": "d", "E": "n",
+        "mu": "gn", "rho": "sd"}  # fmt: skip
+"""The axes that must vary."""
+AXIS_NAMES = {"n": "active parameters", "s": "sparsity", "g": "granularity", "d": "tokens"}
+
+
+@dataclass(frozen=True)
+class Form:
+    """Which parameters a law has.
+
+    Attributes:
+        terms: those inside the exponential, A first, then of E, B and beta those that are fitted.
+        left_out: of every other one, why.
+        centre: of n, s, g and d: the means of their logarithms.
+    """
+
+    terms: tuple[str, ...]
+    left_out: dict[str, str]
+    centre: dict[str, float]
+
+    def centred(self, at: Any) -> Any:
+        """Return the logarithms less their centre."""
+        return _Centred(*(getattr(at, axis) - self.centre[axis] for axis in "nsgd"))
+
+
+@dataclass(frozen=True)
+class _Centred:
+    n: Any
+    s: Any
+    g: Any
+    d: Any
+
+
+def choose_form(points: Points) -> Form:
+    """Return the law that the points can bear.
+
+    Raises:
+        DataError: too few settings.
+    """
+    if len(points) < SPARE + 2:
+        raise DataError(
+            f"a law needs at least {SPARE + 2} settings with experts that differ in shape or tokens, there are "
+            f"{len(points)}; sweep more values of moe.num_experts and moe.expert_dim"
+        )
+    centre = {axis: float(np.mean(getattr(points, axis))) for axis in "nsgd"}
+    form = Form((), {}, centre)
+    x = form.centred(points)
+    columns = [np.ones(len(points))]
+    chosen, left_out = ["A"], {}
+    for name, (meaning, column) in TERMS.items():
+        if name == "A":
+            continue
+        values = column(x)
+        reason = _redundant(values, columns, x, name)
+        if not reason and len(chosen) + 1 > len(points) - SPARE:
+            reason = f"{len(points)} settings are too few for it"
+        if not reason and name in ("mu", "kappa") and "lambda" not in chosen:
+            reason = "granularity has no term of its own"
+        if reason:
+            left_out[name] = f"{meaning}: {reason}"
+        else:
+            chosen.append(name)
+            columns.append(values)
+    if "B" in chosen and "beta" not in chosen:
+        left_out["beta"] += f"; fixed at {CHINCHILLA_BETA}, Chinchilla's"
+    inside = [name for name in chosen if name not in OUTSIDE]
+    return Form((*inside, *(name for name in OUTSIDE if name in chosen)), left_out, centre)
+
+
+def _redundant(values: Array, columns: list[Array], x: Any, name: str) -> str:
+    """Return why a column tells nothing new, or an empty text."""
+    flat = [AXIS_NAMES[axis] for axis in AXES[name] if np.std(getattr(x, axis)) < FLAT]
+    if flat:
+        return f"{' and '.join(flat)} {'does' if flat == ['sparsity'] or flat == ['granularity'] else 'do'} not vary"
+    moved = values - values.mean()
+    basis = np.column_stack(columns)
+    rest = moved - basis @ np.linalg.lstsq(basis, moved, rcond=None)[0]
+    if np.linalg.norm(rest) < NEW * np.linalg.norm(moved):
+        return "it goes along with the others" if len(AXES[name]) > 1 or name in "alpha gamma lambda B" else (
+            f"too few different values of {AXIS_NAMES[AXES[name]]}"
+        )
+    return ""
+
+
+class Model:
+    """The law as a function of its parameters: log loss and its derivatives."""
+
+    def __init__(self, form: Form, at: Any) -> None:
+        self.form, self.x = form, form.centred(at)
+        self.inside = [name for name in form.terms if name not in OUTSIDE]
+        self.columns = np.stack(np.broadcast_arrays(*(TERMS[name][1](self.x) for name in self.inside)), axis=-1)
+
+    def parts(self, theta: Array) -> tuple[list[tuple[str, Array]], Array]:
+        """Return the logs of the summands and of their sum, log loss; `theta` (…, P) gives (…, points)."""
+        value = dict(zip(self.form.terms, np.moveaxis(theta, -1, 0), strict=True))
+        logs = [("inside", theta[..., : len(self.inside)] @ self.columns.T)]
+        zero = np.zeros_like(logs[0][1])
+        if "E" in value:
+            logs.append(("E", value["E"][..., None] + zero))
+        if "B" in value:
+            beta = value["beta"][..., None] if "beta" in value else CHINCHILLA_BETA
+            logs.append(("B", value["B"][..., None] - beta * self.x.d + zero))
+        return logs, np.logaddexp.reduce([one for _, one in logs], axis=0)
+
+    def __call__(self, theta: Array) -> Array:
+        """Return log loss at every point."""
+        return self.parts(theta)[1]
+
+    def derivatives(self, theta: Array) -> Array:
+        """Return d log loss / d theta, (…, points, P)."""
+        logs, whole = self.parts(theta)
+        share = {name: np.exp(one - whole)[..., None] for name, one in logs}
+        found = [share["inside"] * self.columns]
+        found += [share[name] for name in ("E", "B") if name in share]
+        if "beta" in self.form.terms:
+            found.append(-self.x.d[:, None] * share["B"])
+        return np.concatenate(found, axis=-1)
+
+    def box(self, lowest: float, highest: float) -> tuple[Array, Array]:
+        """Return the bounds of the parameters, from the least and the greatest log loss."""
+        box = {"E": (lowest - 6, lowest), "B": (lowest - 9, highest + 3), "beta": (0.02, 2.0)}
+        low, high = np.array([box.get(name, (-50.0, 50.0)) for name in self.form.terms]).T
+        return low, high
+
+
+@dataclass(frozen=True)
+class Law:
+    """A fitted law.
+
+    Attributes:
+        form: which parameters it has.
+        theta: their values; E and B as logarithms, A too.
+        points: what it was fitted to.
+        residuals: log loss less the fit's.
+        leverage: of every point, how much of its own value the fit follows, 0 to 1.
+        scale: the residuals' standard deviation, on as many as are to spare.
+        threshold: Huber's.
+    """
+
+    form: Form
+    theta: Array
+    points: Points
+    residuals: Array
+    leverage: Array
+    scale: float
+    threshold: float
+
+    def log_loss(self, at: Any, theta: Array | None = None) -> Array:
+        """Return log loss at points, for these parameters or others (…, P)."""
+        return Model(self.form, at)(self.theta if theta is None else theta)
+
+    @property
+    def spare(self) -> int:
+        """Settings beyond the parameters."""
+        return len(self.points) - len(self.theta)
+
+    def value(self, name: str, theta: Array | None = None) -> Any:
+        """Return a parameter as it stands in the formula, None where it is left out."""
+        if name not in self.form.terms:
+            return CHINCHILLA_BETA if name == "beta" and "B" in self.form.terms else None
+        raw = (self.theta if theta is None else theta)[..., self.form.terms.index(name)]
+        return np.exp(raw) if name in ("A", "E", "B") else raw
+
+
+def fit(points: Points, form: Form | None = None, *, start: Array | None = None, threshold: float | None = None) -> Law:
+    """Fit a law to points.
+
+    Args:
+        points: one a setting.
+        form: which parameters; those that the points can bear by default.
+        start: parameters to start from; several starts by default.
+        threshold: Huber's, in log loss; from the residuals of a first fit by default.
+
+    Raises:
+        DataError: too few settings.
+    """
+    form = choose_form(points) if form is None else form
+    model, weights = Model(form, points), np.sqrt(points.seeds / points.seeds.mean())
+    starts = [start] if start is not None else list(_starts(form, points))
+    if threshold is None:
+        first = min((_solve(model, points.loss, weights, one, np.inf) for one in starts), key=lambda one: one[1])
+        rest = np.abs(points.loss - model(first[0])) * weights
+        spare = max(1, len(points) - len(form.terms))
+        # A median, so that outliers do not raise it; over the points to spare, since a fit follows its own points.
+        threshold = HUBER * 1.4826 * float(np.median(rest)) * np.sqrt(len(points) / spare)
+        threshold = max(threshold, 1e-7)
+        starts = [first[0], *starts]
+    theta, _ = min((_solve(model, points.loss, weights, one, threshold) for one in starts), key=lambda one: one[1])
+    residuals = points.loss - model(theta)
+    slopes = model.derivatives(theta) * weights[:, None]
+    leverage = np.clip(np.einsum("ip,pi->i", slopes, np.linalg.pinv(slopes)), 0.0, 0.999)
+    spare = max(1, len(points) - len(theta))
+    scale = float(np.sqrt(np.sum((residuals * weights) ** 2) / spare))
+    return Law(form, theta, points, residuals, leverage, scale, threshold)
+
+
+def _starts(form: Form, points: Points) -> list[Array]:
+    """Return parameters to start from: the offset and the tokens' part as several shares of the lowest loss."""
+    model, loss = Model(form, points), np.exp(points.loss)
+    lowest, found = float(loss.min()), []
+    for offset in (0.05, 0.4, 0.75) if "E" in form.terms else (0.0,):
+        for tokens in (0.03, 0.15, 0.35) if "B" in form.terms else (0.0,):
+            taken = lowest * min(offset + tokens, 0.95) * np.ones_like(loss)
+            inside = np.linalg.lstsq(model.columns, np.log(loss - taken), rcond=None)[0]
+            outside = {"E": np.log(max(offset, 1e-9) * lowest), "B": np.log(max(tokens, 1e-9) * lowest), "beta": 0.3}
+            found.append(np.array([*inside, *(outside[name] for name in form.terms if name in OUTSIDE)]))
+    return found
+
+
+def _solve(model: Model, y: Array, weights: Array, start: Array, threshold: float) -> tuple[Array, float]:
+    """Return the parameters with the least cost, and that cost."""
+    try:
+        from scipy.optimize import least_squares
+    except ImportError as error:
+        raise MissingExtraError("scipy", "analysis") from error
+    lower, upper = model.box(float(y.min()), float(y.max()))
+    found = least_squares(
+        lambda theta: (model(theta) - y) * weights,
+        np.clip(start, lower + 1e-6, upper - 1e-6),
+        jac=lambda theta: model.derivatives(theta) * weights[:, None],  # type: ignore[arg-type]
+        bounds=(lower, upper),
+        loss="linear" if np.isinf(threshold) else "huber",
+        f_scale=1.0 if np.isinf(threshold) else threshold,
+        x_scale="jac",
+        max_nfev=300,
+    )
+    return found.x, float(found.cost)
+
+
+def refit(law: Law, losses: Array, weights: Array | None = None) -> Array:
+    """Return the parameters (rows, P) of the same law for other log losses of its points, a row each, all at once.
+
+    Levenberg and Marquardt's method on reweighted squares, from the law's own parameters: what `fit` does for one row
+    from several starts, for hundreds that are near it.
+
+    Args:
+        law: with the form, the points and Huber's threshold.
+        losses: (rows, points).
+        weights: (rows, points); those of the law by default, 0 leaves a point out.
+    """
+    model, points = Model(law.form, law.points), law.points
+    weights = np.sqrt(points.seeds / points.seeds.mean()) if weights is None else weights
+    weights = np.broadcast_to(weights, losses.shape)
+    lower, upper = model.box(float(losses.min()), float(losses.max()))
+    theta = np.broadcast_to(law.theta, (len(losses), len(law.theta))).copy()
+    damping, (cost, rest) = np.full(len(losses), 1e-6), _huber(model, theta, losses, weights, law.threshold)
+    for _ in range(200):
+        pull = weights**2 * law.threshold / np.maximum(np.abs(rest * weights), law.threshold)
+        slopes = model.derivatives(theta)
+        weighted = slopes * pull[..., None]
+        normal = np.swapaxes(slopes, -1, -2) @ weighted
+        damped = normal + (damping[:, None] * np.einsum("bpp->bp", normal))[..., None] * np.eye(len(law.theta))
+        step = np.linalg.solve(damped + 1e-14 * np.eye(len(law.theta)), (rest[:, None] @ weighted)[:, 0, :, None])
+        tried = np.clip(theta + step[..., 0], lower, upper)
+        new_cost, new_rest = _huber(model, tried, losses, weights, law.threshold)
+        good = new_cost <= cost
+        moved = np.max(np.abs(tried - theta)[good], initial=0.0)
+        theta = np.where(good[:, None], tried, theta)
+        cost, rest = np.where(good, new_cost, cost), np.where(good[:, None], new_rest, rest)
+        damping = np.clip(np.where(good, damping / 5, damping * 4), 1e-12, 1e9)
+        if moved < 1e-6 and good.all():
+            break
+    return theta
+
+
+def _huber(model: Model, theta: Array, y: Array, weights: Array, threshold: float) -> tuple[Array, Array]:
+    """Return the cost of each row, and what is left of y."""
+    rest = y - model(theta)
+    size = np.abs(rest * weights)
+    inner = np.minimum(size, threshold)
+    return np.sum(inner * (size - inner / 2), axis=-1), rest

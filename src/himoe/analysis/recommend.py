@@ -1,0 +1,361 @@
+"""From a user's sweep: the best sparsity and granularity for a budget, how sure that is, and what to run next.
+
+The best is that of the fitted law (`law.py`) within what was measured; its interval the one in which the best of 95 %
+of the bootstrap's replicates lie (`ensemble.py`). What to run next is chosen by this rule: a setting is worth the
+variance of the best ln g and ln s, over the replicates, that its outcome would explain,
+
+    Σ over ln g and ln s of cov(best, outcome)² / (var(outcome) + residual variance),
+
+and after the first is chosen the covariances are those that are left when its outcome is known, so that the second adds
+to it. Replicates that disagree about a setting while agreeing about the best gain nothing from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from himoe.analysis.budget import Budget, Sizes, open_places
+from himoe.analysis.law import Law
+from himoe.analysis.optimum import Place, at_end, best, measured
+from himoe.analysis.runs import number
+from himoe.analysis.settings import LEVEL, Setting, families
+from himoe.analysis.study import Fitted
+
+Array = np.ndarray
+
+BEYOND = 1.1
+"""Factor beyond the measured range from which on a warning is due."""
+OFTEN = 0.05
+"""Share of replicates at an end of the range from which on the text says so."""
+OCTAVE = float(np.log(2))
+NUM_RUNS = 4
+SMALLEST_EXPERT = 16
+
+
+@dataclass(frozen=True)
+class Best:
+    """One quantity at the optimum.
+
+    Attributes:
+        value: of the fit.
+        low: of the interval.
+        high: of it.
+        measured: least and greatest value in the sweep.
+        at_low: share of replicates whose best lies at the low end of what was measured.
+        at_high: at the high end.
+    """
+
+    value: float
+    low: float
+    high: float
+    measured: tuple[float, float] | None = None
+    at_low: float = 0.0
+    at_high: float = 0.0
+
+
+@dataclass(frozen=True)
+class Next:
+    """A setting to run next.
+
+    Attributes:
+        set: keys of the configuration.
+        granularity: g.
+        sparsity: s.
+        explains: share of the best's variance that its outcome would explain, beside those listed before it.
+        new: outside of what was measured.
+    """
+
+    set: dict[str, int]
+    granularity: float
+    sparsity: float
+    explains: float
+    new: bool
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What a sweep says about a budget.
+
+    Attributes:
+        source: of the numbers.
+        budget: the limits.
+        active: parameters, both embeddings included.
+        total: parameters that this is.
+        tokens: that it learns from.
+        num_experts: E = s·K.
+        top_k: K = width/g.
+        nearest: a model with whole numbers near that, and its expected loss.
+        granularity: the best g; None where it did not vary.
+        sparsity: the best s; None where it did not vary.
+        loss: expected mean over seeds.
+        level: of the intervals.
+        warnings: what to know before using it.
+        next: settings to run next, the most telling first.
+        seeds: to run of each.
+        held_out: the law's error on settings left out, as a share.
+        recipe: of the sweep.
+        keep: keys of the configuration that stay.
+    """
+
+    source: str
+    budget: Budget
+    active: float
+    total: float
+    tokens: float
+    num_experts: Best
+    top_k: Best
+    nearest: dict[str, float]
+    granularity: Best | None
+    sparsity: Best | None
+    loss: Best
+    level: float
+    warnings: list[str]
+    next: list[Next]
+    seeds: int
+    held_out: dict[str, float]
+    recipe: str
+    keep: dict[str, Any] = field(default_factory=dict)
+
+    def document(self) -> dict[str, Any]:
+        """Return it as one tree, with the spec of what to run next."""
+        return {**asdict(self), "spec": self.spec()}
+
+    def spec(self) -> str:
+        """Return the runs to do next as a file for `himoe sweep`; empty where there are none."""
+        if not self.next:
+            return ""
+        lines = [f"recipe = {_toml(self.recipe)}"]
+        if self.keep:
+            lines += ["", "[set]", *(f'"{key}" = {_toml(value)}' for key, value in self.keep.items())]
+        lines += ["", "[[zip]]"]
+        lines += [f'"{key}" = {[one.set[key] for one in self.next]}' for key in self.next[0].set]
+        return "\n".join([*lines, "", "[axes]", f"seed = {list(range(self.seeds))}", ""])
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str) and value[:1] in "[{":  # a list or table, which the sweep's table holds as JSON
+        return value
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def recommend(fitted: Fitted, budget: Budget, name: str, *, num_groups: int = 1) -> Recommendation:
+    """Return what a law says about a budget.
+
+    Args:
+        fitted: the law with its replicates.
+        budget: the limits.
+        name: of the sweep.
+        num_groups: by which E and K must divide.
+
+    Raises:
+        ConfigError: nothing fits the budget, or the law cannot divide it.
+    """
+    law, theta = fitted.ensemble.law, fitted.ensemble.theta
+    sizes = Sizes.of(fitted.settings)
+    n, d, high = open_places(budget, sizes, float(law.points.d.max()), law.form.terms)
+    found = _cheapest(law, law.theta[None], n, d, high)
+    spread = _cheapest(law, theta, n, d, high)
+    at = Place(*(float(getattr(found, axis)[0]) for axis in "nsgd"))
+    losses = np.exp(law.log_loss(_one(at), theta)[:, 0])
+    loss = Best(float(np.exp(law.log_loss(_one(at))[0])), *fitted.ensemble.interval(losses))
+    top_k = np.maximum(sizes.width / np.exp(spread.g), 1.0)
+    experts = np.exp(spread.s) * top_k
+    k = float(max(sizes.width / np.exp(at.g), 1.0))
+    family = _family(fitted.settings, at.n)
+    return Recommendation(
+        source=f"the sweep {name}",
+        budget=budget,
+        active=float(np.exp(sizes.active_of(at.n))),
+        total=sizes.total_of(at.n, at.s),
+        tokens=float(np.exp(at.d)),
+        num_experts=Best(float(np.exp(at.s)) * k, *fitted.ensemble.interval(experts)),
+        top_k=Best(k, *fitted.ensemble.interval(top_k)),
+        nearest=_nearest(law, at, sizes, family, num_groups),
+        granularity=_quantity(fitted, spread.g, at.g, "g"),
+        sparsity=_quantity(fitted, spread.s, at.s, "s"),
+        loss=loss,
+        level=LEVEL,
+        warnings=_warnings(fitted, sizes, at, spread, high, budget),
+        next=_next(fitted, sizes, at, spread, family, num_groups),
+        seeds=max(3, round(float(np.median(law.points.seeds)))),
+        held_out={one.what: one.error for one in fitted.held_out},
+        recipe=str(family[0].fact("recipe")),
+        keep=_keep(family[0]),
+    )
+
+
+def _one(at: Place) -> Place:
+    return Place(*(np.array([getattr(at, axis)]) for axis in "nsgd"))
+
+
+def _cheapest(law: Law, theta: Array, n: Array, d: Array, high: Array) -> Place:
+    """Return the best place of each replicate, (replicates,) each, over the active sizes that the budget leaves open."""
+    place = best(law, theta, n, d, high)
+    rows = np.arange(len(theta))
+    chosen = np.zeros_like(rows) if len(n) == 1 else np.argmin(_losses(law, theta, place), axis=1)
+    return Place(*(getattr(place, axis)[rows, chosen] for axis in "nsgd"))
+
+
+def _losses(law: Law, theta: Array, place: Place) -> Array:
+    found = []
+    for i, one in enumerate(theta):
+        found.append(law.log_loss(Place(*(getattr(place, axis)[i] for axis in "nsgd")), one))
+    return np.array(found)
+
+
+def _quantity(fitted: Fitted, spread: Array, value: float, axis: str) -> Best | None:
+    law = fitted.ensemble.law
+    low, high = measured(law, axis)
+    if high - low < 1e-6:
+        return None
+    ends = np.exp(fitted.ensemble.interval(spread))
+    shares = at_end(spread, low, high)
+    return Best(float(np.exp(value)), float(ends[0]), float(ends[1]), (float(np.exp(low)), float(np.exp(high))), *shares)
+
+
+def _nearest(law: Law, at: Place, sizes: Sizes, family: list[Setting], num_groups: int) -> dict[str, float]:
+    """Return the model nearest to a place whose experts, and width where the sweep has that size, are whole numbers."""
+    dim = number(family[0].fact("dim"))
+    known = dim is not None and abs(np.log(family[0].active or 1.0) - at.n) < np.log(BEYOND)
+    hidden = round(4 * (dim or 0) * sizes.width) if known else 0
+    ks = [k for k in range(num_groups, 1025, num_groups) if hidden % k == 0 and (not hidden or hidden // k > 0)]
+    k = min(ks or [num_groups], key=lambda one: abs(np.log(sizes.width / one) - at.g))
+    s = max(1, round(float(np.exp(at.s))))
+    place = Place(at.n, np.log(s), np.log(sizes.width / k), at.d)
+    found: dict[str, float] = {"num_experts": s * k, "top_k": k}
+    if hidden:
+        found["expert_dim"] = hidden // k
+    return {**found, "granularity": sizes.width / k, "sparsity": float(s), "loss": float(np.exp(law.log_loss(_one(place))[0]))}
+
+
+def _family(settings: Sequence[Setting], n: float) -> list[Setting]:
+    """Return the settings of the active size nearest to n."""
+    return min(families(settings), key=lambda family: abs(np.log(family[0].active or 1.0) - n))
+
+
+EXPERT_KEYS = ("moe.num_experts", "moe.top_k", "moe.expert_dim")
+
+
+def _keep(one: Setting) -> dict[str, Any]:
+    kept = {key: value for key, value in one.values.items() if value is not None and key not in EXPERT_KEYS}
+    return {key: value for key, value in kept.items() if "seed" not in key}
+
+
+def _warnings(
+    fitted: Fitted, sizes: Sizes, at: Place, spread: Place, high: Array, budget: Budget
+) -> list[str]:
+    law, found = fitted.ensemble.law, []
+    for axis, what, unit in (("n", "active parameters", sizes.active_of), ("d", "tokens", None)):
+        value = getattr(at, axis)
+        low, top = (float(sizes.n[0]), float(sizes.n[-1])) if axis == "n" else measured(law, axis)
+        factor = float(np.exp(max(value - top, low - value)))
+        if factor > BEYOND:
+            edge = top if value > top else low
+            shown = float(np.exp(edge if unit is None else unit(edge)))
+            which = "largest" if value > top else "smallest"
+            known = law.form.left_out.get("alpha" if axis == "n" else "B")
+            unknown = f"; what they change is not in the law ({known})" if known else ""
+            found.append(f"extrapolated: {what} {factor:.1f} times beyond the {which} measured, {_count(shown)}{unknown}")
+    names = {"g": ("granularity", "finer", "coarser"), "s": ("sparsity", "less sparse", "sparser")}
+    for axis, (what, below, above) in names.items():
+        low, top = measured(law, axis)
+        if top - low < 1e-6:
+            found.append(f"{what} did not vary, so nothing can be said about it")
+            continue
+        if axis == "s" and budget.total is not None and np.all(high < top):
+            found.append("sparsity is held down by --total: more experts would lower the loss further")
+            continue
+        for share, end, word in zip(at_end(getattr(spread, axis), low, top), (low, top), (below, above), strict=True):
+            if share >= OFTEN:
+                found.append(
+                    f"{what}: the best is at the end of what was measured, {np.exp(end):.4g}, in {share:.0%} of the "
+                    f"replicates; {word} may be better still"
+                )
+    if fitted.others:
+        beside = " ".join(f"{key}={value}" for key, value in fitted.variant if value != "None") or "one"
+        found.append(f"by the settings with {beside} alone; {fitted.others} others differ in more than shape (--where)")
+    return found
+
+
+def _count(value: float) -> str:
+    from himoe.report.numbers import count
+
+    return count(value)
+
+
+def _next(
+    fitted: Fitted, sizes: Sizes, at: Place, spread: Place, family: list[Setting], num_groups: int
+) -> list[Next]:
+    """Return the most telling settings of one active size, those after the first given the outcome of those before."""
+    law, theta = fitted.ensemble.law, fitted.ensemble.theta
+    n, d = np.log(family[0].active or 1.0), max(np.log(one.tokens) for one in family)
+    candidates = _candidates(law, family, spread, sizes.width, num_groups)
+    if not candidates:
+        return []
+    place = Place(*(np.array(column) for column in zip(*((n, np.log(s), np.log(g), d) for _, s, g in candidates),
+                                                      strict=True)))  # fmt: skip
+    aim = best(law, theta, at.n, at.d, reach=2 * OCTAVE)
+    targets = np.column_stack([aim.g[:, 0], aim.s[:, 0]])
+    # Runs of the same seeds share what a seed does to all of them, so outcomes count against the mean of what there is.
+    outcomes = law.log_loss(place, theta) - law.log_loss(law.points, theta).mean(axis=1, keepdims=True)
+    everything = np.column_stack([targets, outcomes])
+    covariance = np.cov(everything, rowvar=False)
+    whole = float(np.trace(covariance[:2, :2]))
+    ranges = {axis: measured(law, axis) for axis in "gs"}
+    found: list[Next] = []
+    for _ in range(NUM_RUNS if whole > 0 else 0):
+        noise = np.diag(covariance)[2:] + law.scale**2
+        worth = (covariance[:2, 2:] ** 2).sum(axis=0) / noise
+        worth[[candidates.index(_candidate(one)) for one in found]] = 0.0
+        i = int(np.argmax(worth))
+        keys, s, g = candidates[i]
+        new = not all(ranges[axis][0] - 0.01 <= np.log(value) <= ranges[axis][1] + 0.01 for axis, value in
+                      (("g", g), ("s", s)))  # fmt: skip
+        found.append(Next(dict(zip(EXPERT_KEYS, keys, strict=True)), g, s, float(worth[i]) / whole, new))
+        gain = covariance[:, i + 2] / noise[i]
+        covariance = covariance - np.outer(gain, covariance[i + 2])
+        if len(found) == len(candidates):
+            break
+    return found
+
+
+def _candidate(one: Next) -> tuple[tuple[int, ...], float, float]:
+    return tuple(one.set[key] for key in EXPERT_KEYS), one.sparsity, one.granularity
+
+
+def _candidates(
+    law: Law, family: list[Setting], spread: Place, width: float, num_groups: int
+) -> list[tuple[tuple[int, ...], float, float]]:
+    """Return (E, K, F), s and g of settings with powers of two.
+
+    Within what was measured, where the law is known to hold, and a factor of 2 beyond an end at which the best may lie.
+    """
+    dim = number(family[0].fact("dim"))
+    if dim is None:
+        return []
+    found, ranges = [], []
+    for axis in "gs":
+        ends = measured(law, axis)
+        shares = at_end(getattr(spread, axis), *ends) if ends[1] - ends[0] > 1e-6 else (0.0, 0.0)
+        reach = [OCTAVE if share >= OFTEN else 0.0 for share in shares]
+        ranges.append((ends[0] - reach[0] - 0.01, ends[1] + reach[1] + 0.01))
+    largest = 2 * max(float(one.fact("num_experts")) for one in family)
+    for k in (num_groups * 2**power for power in range(10)):
+        hidden = 4 * dim * width / k
+        g = width / k
+        if abs(hidden - round(hidden)) > 1e-6 or hidden < SMALLEST_EXPERT or not _inside(g, ranges[0]):
+            continue
+        for s in (2**power for power in range(11)):
+            if _inside(s, ranges[1]) and s * k <= largest:
+                found.append(((s * k, k, round(hidden)), float(s), g))
+    return found
+
+
+def _inside(value: float, ends: tuple[float, float]) -> bool:
+    return ends[0] <= float(np.log(value)) <= ends[1]
