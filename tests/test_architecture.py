@@ -18,6 +18,7 @@ from himoe.errors import ConfigError
 ROOT = Path(__file__).parent.parent
 TORCH_FREE = [
     "himoe",
+    "himoe.analysis",
     "himoe.plan",
     "himoe.config",
     "himoe.data",

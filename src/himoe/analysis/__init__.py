@@ -5,7 +5,8 @@ Reads the tables `runs` and `curves` (docs/analysis.md). Imports no torch; scipy
 """
 
 from himoe.analysis.budget import Budget
-from himoe.analysis.law import Law, fit
+from himoe.analysis.fitting import fit
+from himoe.analysis.law import Law
 from himoe.analysis.page import write_page
 from himoe.analysis.paired import Verdict, compare, verdict
 from himoe.analysis.recommend import Recommendation, recommend

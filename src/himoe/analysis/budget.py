@@ -103,12 +103,13 @@ def _expanded(settings: Sequence[Setting]) -> tuple[float, float]:
             points.append((float(one.fact("sparsity")), (total - active + bare) / sizes[id(one)]))
     if len({s for s, _ in points}) < 2:
         return 0.25, 0.75  # attention 4·D², a feed-forward part of 12·D²
-    slope, start = np.polyfit(*np.array(points).T, 1)
+    s, expanded = np.array(points).T
+    slope, start = np.polyfit(s, expanded, 1)
     return float(start), float(max(slope, 1e-9))
 
 
 def _line(x: Array | float, xs: Array, ys: Array) -> Array:
-    """Return y at x on straight lines through the points, the outer ones continued; along x itself from a single one."""
+    """Return y at x on straight lines through the points, the outer ones continued; a single one has slope 1."""
     if len(xs) == 1:
         return np.asarray(x, dtype=float) - xs[0] + ys[0]
     x = np.asarray(x, dtype=float)
@@ -136,7 +137,7 @@ def open_places(budget: Budget, sizes: Sizes, longest: float, fitted: Sequence[s
         n = sizes.n if len(sizes.n) == 1 else np.linspace(sizes.n[0], sizes.n[-1], PLACES)
     if budget.flops is not None and budget.tokens is None and len(n) > 1 and not {"alpha", "B"} <= set(fitted):
         raise ConfigError(
-            f"--flops {budget.flops:.3g}: dividing it between parameters and tokens takes a sweep in which both vary on "
+            f"--flops {budget.flops:.3g}: dividing it between parameters and tokens takes a sweep that varies both on "
             "their own; give --active or --tokens too, or sweep train.steps"
         )
     if budget.tokens is not None:
@@ -152,5 +153,7 @@ def open_places(budget: Budget, sizes: Sizes, longest: float, fitted: Sequence[s
     n, d, high = n[high >= 0], d[high >= 0], high[high >= 0]
     if not len(n):
         limits = ", ".join(f"--{name} {value:.4g}" for name, value in vars(budget).items() if value is not None)
-        raise ConfigError(f"{limits}: no model of the sweep's active sizes is within it; raise a limit, or give --active")
+        raise ConfigError(
+            f"{limits}: no model of the sweep's active sizes is within it; raise a limit, or give --active"
+        )
     return n, d, high

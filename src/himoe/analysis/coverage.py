@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from himoe.analysis.ensemble import bootstrap
-from himoe.analysis.law import fit, points_of
+from himoe.analysis.fitting import fit
+from himoe.analysis.law import points_of
 from himoe.analysis.optimum import best, measured
 from himoe.analysis.runs import from_rows
 from himoe.analysis.settings import settings_of
@@ -75,14 +76,18 @@ def count(
         inside["loss"].append(low <= exact <= high)
         widths["loss"].append(high - low)
     return {
-        name: Count(sum(inside[name]), draws, float(np.mean(widths[name])), float(np.mean(np.array(widths[name]) > 0.99)))
+        name: Count(
+            sum(inside[name]), draws, float(np.mean(widths[name])), float(np.mean(np.array(widths[name]) > 0.99))
+        )
         for name in inside
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the counts of every design; 1 where one of s or g is within in fewer than 90 of 100 sweeps."""
-    parser = argparse.ArgumentParser(prog="python -m himoe.analysis.coverage", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m himoe.analysis.coverage", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--draws", type=int, default=100, help="sweeps of each design (100)")
     parser.add_argument("--replicates", type=int, default=400, help="of the bootstrap (400)")
     parser.add_argument("--own", type=float, default=0.003, help="noise of a run, in log loss (0.003)")
@@ -99,8 +104,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not given.json:
             print(name)
             for what, one in found[name].items():
-                width = f"{one.width:.3f} nats wide" if what == "loss" else (
-                    f"{one.width:.0%} of the range wide, all of it in {one.whole:.0%}"
+                width = (
+                    f"{one.width:.3f} nats wide"
+                    if what == "loss"
+                    else (f"{one.width:.0%} of the range wide, all of it in {one.whole:.0%}")
                 )
                 print(f"  {what:<12} within in {one.within} of {one.draws}, {width}", flush=True)
     if given.json:

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from himoe.analysis.law import SPARE, Law, choose_form, fit, refit
+from himoe.analysis.fitting import fit, refit
+from himoe.analysis.law import SPARE, Law, choose_form
 from himoe.analysis.settings import LEVEL, Setting
 from himoe.errors import DataError
 
@@ -54,9 +55,7 @@ class Ensemble:
         return None if found is None or np.ndim(found) == 0 else self.interval(found)
 
 
-def bootstrap(
-    law: Law, settings: Sequence[Setting] = (), *, replicates: int = REPLICATES, seed: int = 0
-) -> Ensemble:
+def bootstrap(law: Law, settings: Sequence[Setting] = (), *, replicates: int = REPLICATES, seed: int = 0) -> Ensemble:
     """Return the law with its replicates; equal arguments give equal ones.
 
     Args:
@@ -67,7 +66,7 @@ def bootstrap(
     """
     draw = np.random.default_rng(seed)
     points, fitted = law.points, law.points.loss - law.residuals
-    weights = np.sqrt(points.seeds / points.seeds.mean())
+    weights = points.weights
     corrected = law.residuals * weights / np.sqrt(1 - law.leverage)
     corrected = corrected - corrected.mean()
     common, seeds = common_part(settings)
@@ -81,8 +80,8 @@ def bootstrap(
 def common_part(settings: Sequence[Setting]) -> tuple[float | None, int]:
     """Return the standard error of the mean over seeds of what a seed does to all settings, and the number of seeds.
 
-    Over the seeds that all settings have: for each the mean over settings of log loss less the setting's own mean. Where
-    seeds act on every setting on their own, this is small.
+    Over the seeds that all settings have: for each the mean over settings of log loss less the setting's own mean.
+    Where seeds act on every setting on their own, this is small.
     """
     losses = [{row["seed"]: float(np.log(row["cross_entropy"])) for row in one.runs} for one in settings]
     shared = sorted(set.intersection(*(set(one) for one in losses)), key=str) if losses else []
@@ -116,7 +115,7 @@ def leave_one_out(law: Law) -> HeldOut:
     """Return the errors when each setting in turn is left out of the fit."""
     points, number = law.points, len(law.points)
     others = ~np.eye(number, dtype=bool)
-    weights = np.sqrt(points.seeds / points.seeds.mean()) * others
+    weights = points.weights * others
     theta = refit(law, np.broadcast_to(points.loss, (number, number)), weights)
     predicted = [(i, float(one)) for i, one in enumerate(np.diag(law.log_loss(points, theta)))]
     means = [float(points.loss[one].mean()) for one in others]

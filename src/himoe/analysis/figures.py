@@ -104,7 +104,7 @@ def family_charts(family: Sequence[Setting]) -> list[Chart]:
     def by_experts(xs: list[float]) -> dict[str, Any]:
         return _log_axis("experts E", xs, lambda value: f"{value:.0f}")
 
-    def by_total(xs: list[float]) -> dict[str, Any]:
+    def by_total(_: list[float]) -> dict[str, Any]:
         return axis("total parameters", type="log", dtick="D2", tickformat="~s")
 
     def sparse(value: float) -> str:
@@ -114,8 +114,8 @@ def family_charts(family: Sequence[Setting]) -> list[Chart]:
         return f"g = {fraction(value)}"
 
     lines = (
-        "A line for each sparsity s = E/K. Bars: Student’s 95 % interval over seeds, which holds what a seed does to all"
-        " settings alike."
+        "A line for each sparsity s = E/K. Bars: Student’s 95 % interval over seeds, which holds what a seed does to"
+        " all settings alike."
     )
     balance = _against("CV of load against expert count", family, "num_experts", "granularity", by_experts, fine,
                        "Means over seeds; 0 is perfectly even load.", value="cv")  # fmt: skip
@@ -148,7 +148,7 @@ def total_chart(settings: Sequence[Setting]) -> Chart:
         for _, active, one in group:  # the best of each active size: the envelope
             key = next((known for known in best if abs(known / active - 1) < 0.1), active)
             best[key] = min(best.get(key, one), one, key=lambda each: each.loss.value)
-        line = [(active, one) for active, one in best.items()]
+        line = list(best.items())
         sizes = {id(one): active for active, one in line}
         name = f"{count(float(np.median([t for t, _, _ in group])))} in total"
         found.append(_line([one for _, one in line], lambda one, sizes=sizes: sizes[id(one)], name, len(found)))
@@ -269,7 +269,9 @@ def curve_chart(sweep: Sweep, settings: Sequence[Setting]) -> Chart:
         })  # fmt: skip
     layout = {"xaxis": axis("training tokens", type="log", dtick="D2", tickformat="~s"),
               "yaxis": axis("nats per token"), "showlegend": False, "hovermode": "closest"}  # fmt: skip
-    caption = "Mean over seeds of the validation loss. Colours run from the best setting (violet) to the worst (yellow)."
+    caption = (
+        "Mean over seeds of the validation loss. Colours run from the best setting (violet) to the worst (yellow)."
+    )
     caption += f" {len(shown)} of {len(known)} settings are shown." if step > 1 else ""
     return Chart("Learning curves", traces, caption, layout, height=380,
                  switches=(("loss", "yaxis"),))  # fmt: skip

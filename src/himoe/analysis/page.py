@@ -24,7 +24,10 @@ MAX_FAMILIES = 6
 LISTED = 100
 SYMBOLS = {"A": "A", "alpha": "α", "gamma": "γ", "lambda": "λ", "B": "B", "kappa": "κ", "delta": "δ", "beta": "β",
            "E": "E", "mu": "μ", "rho": "ρ"}  # fmt: skip
-FORM = "L = E + A·n<sup>−α</sup>·s<sup>−γ</sup>·exp(½δ·ln²s + λ·ln g + ½κ·ln²g + μ·ln g·ln n + ρ·ln s·ln d) + B·d<sup>−β</sup>"
+FORM = (
+    "L = E + A·n<sup>−α</sup>·s<sup>−γ</sup>·g<sup>λ</sup>·exp(½δ·ln²s + ½κ·ln²g + μ·ln g·ln n + ρ·ln s·ln d)"
+    " + B·d<sup>−β</sup>"
+)
 
 
 def write_page(found: Study, out: Path) -> Path:
@@ -119,7 +122,8 @@ def _headline(found: Study) -> str:
         tiles.append(_tile("Its bits per byte", show(first.bits_per_byte.value), "comparable between tokenizers"))
     tiles += _law_tiles(found.fitted) if found.fitted else []
     return (
-        f'<header><p class="eyebrow">Sweep</p><h1>{text_of(found.sweep.name)}</h1><p class="lead">{lead}</p>{note}</header>'
+        f'<header><p class="eyebrow">Sweep</p><h1>{text_of(found.sweep.name)}</h1>'
+        f'<p class="lead">{lead}</p>{note}</header>'
         f'<dl class="tiles">{"".join(tiles)}</dl>'
     )
 
@@ -155,7 +159,17 @@ def _settings(found: Study) -> str:
         sizes = [count(one.fact("total_parameters")), count(one.fact("active_parameters"))]
         means = [NOTHING if mean is None else show(mean.value) for mean in (one.bits_per_byte, one.cv, one.max_vio)]
         loss = f"<b>{show(one.loss.value)}</b>"
-        rows.append([f'<span style="font-weight:400">{text_of(one.name)}</span>', loss, interval, str(one.loss.n), means[0], *sizes, *means[1:]])
+        rows.append(
+            [
+                f'<span style="font-weight:400">{text_of(one.name)}</span>',
+                loss,
+                interval,
+                str(one.loss.n),
+                means[0],
+                *sizes,
+                *means[1:],
+            ]
+        )
     text = (
         "<p>Means over seeds, the lowest loss first, with Student’s interval over the seeds; a single seed has none."
         " Intervals of two settings that share their seeds may overlap although one is better on every seed:"
@@ -214,4 +228,6 @@ def _left(found: Study) -> str:
     if not items:
         return ""
     more = f"<p>{len(items) - LISTED} more are in the tables.</p>" if len(items) > LISTED else ""
-    return f'<p>These are in no mean and in no fit.</p><div class="alarms"><ul>{"".join(items[:LISTED])}</ul></div>{more}'
+    return (
+        f'<p>These are in no mean and in no fit.</p><div class="alarms"><ul>{"".join(items[:LISTED])}</ul></div>{more}'
+    )

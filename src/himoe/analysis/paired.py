@@ -1,12 +1,12 @@
 """Is one strategy better than another? Paired differences by seed, their intervals, and a verdict in plain words.
 
 Two strategies that share a seed share the data order, so what the seed does to both cancels in their difference. The
-interval that decides is Student's on these differences. With five of them a bootstrap has 126 different resamples, and
-its intervals are too narrow: of normal differences, percentile ones hold the truth in about 83 % of cases where 95 % is
-meant, bias-corrected and accelerated ones (BCa, Efron 1987, doi 10.1080/01621459.1987.10478410) in about 80 %, since
-neither knows how rough five numbers' own spread is; Student's is exact for them. A BCa interval stands beside it as a check on that assumption: it
-decides nothing. Several comparisons are corrected by Holm's method (Scandinavian Journal of Statistics 6, 1979, 65–70),
-which holds however they depend on each other.
+interval that decides is Student's on these differences. With five of them a bootstrap has 126 different resamples,
+and its intervals are too narrow: of normal differences, percentile ones hold the truth in about 83 % of cases where
+95 % is meant, bias-corrected and accelerated ones (BCa, Efron 1987, doi 10.1080/01621459.1987.10478410) in about 80
+%, since neither knows how rough five numbers' own spread is; Student's is exact for them. A BCa interval stands
+beside it as a check on that assumption: it decides nothing. Several comparisons are corrected by Holm's method
+(Scandinavian Journal of Statistics 6, 1979, 65–70), which holds however they depend on each other.
 """
 
 from __future__ import annotations
@@ -238,4 +238,5 @@ def detectable(spread: float, n: int, *, alpha: float = 1 - LEVEL, power: float 
     high = 1.0
     while lack(high) < 0:
         high *= 1.5
-    return float(brentq(lack, 0.0, high)) * spread / math.sqrt(n)
+    found: Any = brentq(lack, 0.0, high)
+    return float(found) * spread / math.sqrt(n)

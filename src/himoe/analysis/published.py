@@ -21,19 +21,21 @@ LARGEST_RATIO = 128
 MEASURED = (10e6, 300e6)
 """Active parameters that it trained, embeddings included."""
 TOKENS = 20
+SIZES = ("sd_10m", "sd_20m", "sd_50m", "sd_80m", "sd_110m", "sd_200m", "sd_300m")
+"""Its dense models, as `himoe plan` knows them."""
 FINDINGS = (
     "The loss falls with the total parameters of the experts at every active size, up to 128 times the active ones.",
     "The best granularity depends on the active size and hardly on the total.",
     "At 10M to 20M active parameters experts lose to a dense model after 20 tokens a parameter and win after 5 to 20"
     " times as many.",
-    "Many small networks that are all active are worse than one: granularity is worth something through choice alone.",
+    "Many small networks that are all active are worse than few large ones.",
     "A shared expert is no better or worse; dropless routing is at least as good as a capacity; settings of balancing"
     " barely matter, but for a strong loss and a bias rate of 1e-3 together at 512 experts and more.",
 )
 CAVEATS = (
-    "One architecture, one data mixture, 20 tokens for each active parameter, learning rates that were not tuned anew"
-    " for each shape.",
+    "Its runs are of one data mixture and 20 tokens for each active parameter; yours may differ in both.",
     "At its small widths nearly all active parameters are embeddings.",
+    "The ratio is that of expert parameters; a total over active parameters with embeddings is somewhat less.",
     "Released models chose for serving and hardware too, not for the loss alone.",
 )
 
@@ -97,6 +99,7 @@ def published(budget: Budget) -> dict[str, Any]:
         "tokens": budget.tokens or TOKENS * active,
         "total_over_active": ratio,
         "limited_by": limits or [f"the largest ratio that it measured, {LARGEST_RATIO}"],
+        "nearest_size": min(SIZES, key=lambda name: abs(math.log(parameters(named_shape(name)).active / active))),
         "granularity": None,
         "interval": None,
         "findings": list(FINDINGS),

@@ -1,13 +1,7 @@
 """From a user's sweep: the best sparsity and granularity for a budget, how sure that is, and what to run next.
 
 The best is that of the fitted law (`law.py`) within what was measured; its interval the one in which the best of 95 %
-of the bootstrap's replicates lie (`ensemble.py`). What to run next is chosen by this rule: a setting is worth the
-variance of the best ln g and ln s, over the replicates, that its outcome would explain,
-
-    Σ over ln g and ln s of cov(best, outcome)² / (var(outcome) + residual variance),
-
-and after the first is chosen the covariances are those that are left when its outcome is known, so that the second adds
-to it. Replicates that disagree about a setting while agreeing about the best gain nothing from it.
+of the bootstrap's replicates lie (`ensemble.py`). What to run next is chosen in `next_runs.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +14,7 @@ import numpy as np
 
 from himoe.analysis.budget import Budget, Sizes, open_places
 from himoe.analysis.law import Law
+from himoe.analysis.next_runs import EXPERT_KEYS, OFTEN, Next, next_runs
 from himoe.analysis.optimum import Place, at_end, best, measured
 from himoe.analysis.runs import number
 from himoe.analysis.settings import LEVEL, Setting, families
@@ -29,11 +24,6 @@ Array = np.ndarray
 
 BEYOND = 1.1
 """Factor beyond the measured range from which on a warning is due."""
-OFTEN = 0.05
-"""Share of replicates at an end of the range from which on the text says so."""
-OCTAVE = float(np.log(2))
-NUM_RUNS = 4
-SMALLEST_EXPERT = 16
 
 
 @dataclass(frozen=True)
@@ -55,25 +45,6 @@ class Best:
     measured: tuple[float, float] | None = None
     at_low: float = 0.0
     at_high: float = 0.0
-
-
-@dataclass(frozen=True)
-class Next:
-    """A setting to run next.
-
-    Attributes:
-        set: keys of the configuration.
-        granularity: g.
-        sparsity: s.
-        explains: share of the best's variance that its outcome would explain, beside those listed before it.
-        new: outside of what was measured.
-    """
-
-    set: dict[str, int]
-    granularity: float
-    sparsity: float
-    explains: float
-    new: bool
 
 
 @dataclass(frozen=True)
@@ -182,7 +153,7 @@ def recommend(fitted: Fitted, budget: Budget, name: str, *, num_groups: int = 1)
         loss=loss,
         level=LEVEL,
         warnings=_warnings(fitted, sizes, at, spread, high, budget),
-        next=_next(fitted, sizes, at, spread, family, num_groups),
+        next=next_runs(fitted, sizes, at, spread, family, num_groups),
         seeds=max(3, round(float(np.median(law.points.seeds)))),
         held_out={one.what: one.error for one in fitted.held_out},
         recipe=str(family[0].fact("recipe")),
@@ -195,7 +166,7 @@ def _one(at: Place) -> Place:
 
 
 def _cheapest(law: Law, theta: Array, n: Array, d: Array, high: Array) -> Place:
-    """Return the best place of each replicate, (replicates,) each, over the active sizes that the budget leaves open."""
+    """Return the best place of each replicate, over the active sizes that the budget leaves open."""
     place = best(law, theta, n, d, high)
     rows = np.arange(len(theta))
     chosen = np.zeros_like(rows) if len(n) == 1 else np.argmin(_losses(law, theta, place), axis=1)
@@ -216,7 +187,9 @@ def _quantity(fitted: Fitted, spread: Array, value: float, axis: str) -> Best | 
         return None
     ends = np.exp(fitted.ensemble.interval(spread))
     shares = at_end(spread, low, high)
-    return Best(float(np.exp(value)), float(ends[0]), float(ends[1]), (float(np.exp(low)), float(np.exp(high))), *shares)
+    return Best(
+        float(np.exp(value)), float(ends[0]), float(ends[1]), (float(np.exp(low)), float(np.exp(high))), *shares
+    )
 
 
 def _nearest(law: Law, at: Place, sizes: Sizes, family: list[Setting], num_groups: int) -> dict[str, float]:
@@ -231,7 +204,12 @@ def _nearest(law: Law, at: Place, sizes: Sizes, family: list[Setting], num_group
     found: dict[str, float] = {"num_experts": s * k, "top_k": k}
     if hidden:
         found["expert_dim"] = hidden // k
-    return {**found, "granularity": sizes.width / k, "sparsity": float(s), "loss": float(np.exp(law.log_loss(_one(place))[0]))}
+    return {
+        **found,
+        "granularity": sizes.width / k,
+        "sparsity": float(s),
+        "loss": float(np.exp(law.log_loss(_one(place))[0])),
+    }
 
 
 def _family(settings: Sequence[Setting], n: float) -> list[Setting]:
@@ -239,17 +217,12 @@ def _family(settings: Sequence[Setting], n: float) -> list[Setting]:
     return min(families(settings), key=lambda family: abs(np.log(family[0].active or 1.0) - n))
 
 
-EXPERT_KEYS = ("moe.num_experts", "moe.top_k", "moe.expert_dim")
-
-
 def _keep(one: Setting) -> dict[str, Any]:
     kept = {key: value for key, value in one.values.items() if value is not None and key not in EXPERT_KEYS}
     return {key: value for key, value in kept.items() if "seed" not in key}
 
 
-def _warnings(
-    fitted: Fitted, sizes: Sizes, at: Place, spread: Place, high: Array, budget: Budget
-) -> list[str]:
+def _warnings(fitted: Fitted, sizes: Sizes, at: Place, spread: Place, high: Array, budget: Budget) -> list[str]:
     law, found = fitted.ensemble.law, []
     for axis, what, unit in (("n", "active parameters", sizes.active_of), ("d", "tokens", None)):
         value = getattr(at, axis)
@@ -261,7 +234,9 @@ def _warnings(
             which = "largest" if value > top else "smallest"
             known = law.form.left_out.get("alpha" if axis == "n" else "B")
             unknown = f"; what they change is not in the law ({known})" if known else ""
-            found.append(f"extrapolated: {what} {factor:.1f} times beyond the {which} measured, {_count(shown)}{unknown}")
+            found.append(
+                f"extrapolated: {what} {factor:.1f} times beyond the {which} measured, {_count(shown)}{unknown}"
+            )
     names = {"g": ("granularity", "finer", "coarser"), "s": ("sparsity", "less sparse", "sparser")}
     for axis, (what, below, above) in names.items():
         low, top = measured(law, axis)
@@ -287,75 +262,3 @@ def _count(value: float) -> str:
     from himoe.report.numbers import count
 
     return count(value)
-
-
-def _next(
-    fitted: Fitted, sizes: Sizes, at: Place, spread: Place, family: list[Setting], num_groups: int
-) -> list[Next]:
-    """Return the most telling settings of one active size, those after the first given the outcome of those before."""
-    law, theta = fitted.ensemble.law, fitted.ensemble.theta
-    n, d = np.log(family[0].active or 1.0), max(np.log(one.tokens) for one in family)
-    candidates = _candidates(law, family, spread, sizes.width, num_groups)
-    if not candidates:
-        return []
-    place = Place(*(np.array(column) for column in zip(*((n, np.log(s), np.log(g), d) for _, s, g in candidates),
-                                                      strict=True)))  # fmt: skip
-    aim = best(law, theta, at.n, at.d, reach=2 * OCTAVE)
-    targets = np.column_stack([aim.g[:, 0], aim.s[:, 0]])
-    # Runs of the same seeds share what a seed does to all of them, so outcomes count against the mean of what there is.
-    outcomes = law.log_loss(place, theta) - law.log_loss(law.points, theta).mean(axis=1, keepdims=True)
-    everything = np.column_stack([targets, outcomes])
-    covariance = np.cov(everything, rowvar=False)
-    whole = float(np.trace(covariance[:2, :2]))
-    ranges = {axis: measured(law, axis) for axis in "gs"}
-    found: list[Next] = []
-    for _ in range(NUM_RUNS if whole > 0 else 0):
-        noise = np.diag(covariance)[2:] + law.scale**2
-        worth = (covariance[:2, 2:] ** 2).sum(axis=0) / noise
-        worth[[candidates.index(_candidate(one)) for one in found]] = 0.0
-        i = int(np.argmax(worth))
-        keys, s, g = candidates[i]
-        new = not all(ranges[axis][0] - 0.01 <= np.log(value) <= ranges[axis][1] + 0.01 for axis, value in
-                      (("g", g), ("s", s)))  # fmt: skip
-        found.append(Next(dict(zip(EXPERT_KEYS, keys, strict=True)), g, s, float(worth[i]) / whole, new))
-        gain = covariance[:, i + 2] / noise[i]
-        covariance = covariance - np.outer(gain, covariance[i + 2])
-        if len(found) == len(candidates):
-            break
-    return found
-
-
-def _candidate(one: Next) -> tuple[tuple[int, ...], float, float]:
-    return tuple(one.set[key] for key in EXPERT_KEYS), one.sparsity, one.granularity
-
-
-def _candidates(
-    law: Law, family: list[Setting], spread: Place, width: float, num_groups: int
-) -> list[tuple[tuple[int, ...], float, float]]:
-    """Return (E, K, F), s and g of settings with powers of two.
-
-    Within what was measured, where the law is known to hold, and a factor of 2 beyond an end at which the best may lie.
-    """
-    dim = number(family[0].fact("dim"))
-    if dim is None:
-        return []
-    found, ranges = [], []
-    for axis in "gs":
-        ends = measured(law, axis)
-        shares = at_end(getattr(spread, axis), *ends) if ends[1] - ends[0] > 1e-6 else (0.0, 0.0)
-        reach = [OCTAVE if share >= OFTEN else 0.0 for share in shares]
-        ranges.append((ends[0] - reach[0] - 0.01, ends[1] + reach[1] + 0.01))
-    largest = 2 * max(float(one.fact("num_experts")) for one in family)
-    for k in (num_groups * 2**power for power in range(10)):
-        hidden = 4 * dim * width / k
-        g = width / k
-        if abs(hidden - round(hidden)) > 1e-6 or hidden < SMALLEST_EXPERT or not _inside(g, ranges[0]):
-            continue
-        for s in (2**power for power in range(11)):
-            if _inside(s, ranges[1]) and s * k <= largest:
-                found.append(((s * k, k, round(hidden)), float(s), g))
-    return found
-
-
-def _inside(value: float, ends: tuple[float, float]) -> bool:
-    return ends[0] <= float(np.log(value)) <= ends[1]

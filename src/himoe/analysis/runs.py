@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,7 @@ def read_sweep(source: Path | str | pa.Table, curves: pa.Table | None = None) ->
         import pyarrow.parquet as pq
     except ImportError as error:
         raise MissingExtraError("pyarrow", "analysis") from error
-    if isinstance(source, pa.Table):
+    if not isinstance(source, Path | str):
         return from_rows("runs", source.to_pylist(), [] if curves is None else curves.to_pylist())
     path = Path(source)
     place = path / RUNS if path.is_dir() else path
@@ -169,7 +170,7 @@ def compare_at(sweep: Sweep, *, tokens: float | None = None, flops: float | None
 
 
 def _read_off(curve: list[tuple[float, float]], tokens: float) -> float | None:
-    for (left, low), (right, high) in zip(curve, curve[1:], strict=False):
+    for (left, low), (right, high) in pairwise(curve):
         if left <= tokens <= right * (1 + 1e-9) and left > 0:
             share = math.log(tokens / left) / math.log(right / left)
             return low + share * (high - low)

@@ -100,9 +100,7 @@ class Setting:
 
     @property
     def active(self) -> float | None:
-        """Active parameters without embeddings and routers: the experts of a family differ in number, and a router
-        grows with it, which makes no token's experts larger.
-        """
+        """Active parameters without embeddings and routers, which grow with experts that a token does not use."""
         found = number(self.fact("active_without_embeddings")) or number(self.fact("active_parameters"))
         return None if found is None else found - self._routers()
 
@@ -144,7 +142,7 @@ def _setting(sweep: Sweep, rows: list[Row]) -> Setting:
     values = {key: rows[0].get(key) for key in sweep.varied}
     loss = student([float(row["cross_entropy"]) for row in rows])
     others = [_mean(rows, column) for column in ("bits_per_byte", "cv", "max_vio")]
-    name = _name(values) or str(rows[0].get("name") or rows[0]["run"])
+    name = short_name(values) or str(rows[0].get("name") or rows[0]["run"])
     return Setting(name, values, tuple(rows), loss, *others)
 
 
@@ -153,7 +151,7 @@ WITH_DIM = ("model.num_heads", "model.num_kv_heads", "model.ffn_dim")
 """Keys that follow the width."""
 
 
-def _name(values: dict[str, Any]) -> str:
+def short_name(values: dict[str, Any]) -> str:
     """Return varied keys in short: sizes by their letters, and what follows the width left out."""
     parts = []
     for key, value in values.items():

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from himoe.analysis.ensemble import REPLICATES, Ensemble, HeldOut, bootstrap, leave_largest_out, leave_one_out
-from himoe.analysis.law import fit, points_of
+from himoe.analysis.fitting import fit
+from himoe.analysis.law import points_of
 from himoe.analysis.runs import Left, Sweep
 from himoe.analysis.settings import Setting, settings_of, variants
 from himoe.errors import DataError

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from himoe.analysis.figures import fraction
 from himoe.analysis.recommend import Best, Recommendation
-from himoe.analysis.settings import Setting, equal_tokens, families
+from himoe.analysis.settings import Setting, equal_tokens, families, short_name
 from himoe.analysis.study import Study, formula
 from himoe.cli.amounts import count
 from himoe.cli.tables import simple_table
@@ -34,7 +34,10 @@ def print_study(console: Console, found: Study, page: str | None) -> None:
     console.print()
     _print_law(console, found)
     if found.left:
-        _say(console, f"[bold]Left out[/bold]: {len(found.left)} runs, in no mean and in no fit")
+        _say(
+            console,
+            f"[bold]Left out[/bold]: {len(found.left)} run{'s' * (len(found.left) > 1)}, in no mean and in no fit",
+        )
         for one in found.left[:LISTED]:
             _say(console, f"  {escape(one.name or one.run)}: {escape(one.reason)}")
         if len(found.left) > LISTED:
@@ -48,15 +51,18 @@ def _print_settings(console: Console, group: list[Setting]) -> None:
     first, ordered = group[0], sorted(group, key=lambda one: one.loss.value)
     size = f"{count(first.active)} active without embeddings and routers, " if first.active else ""
     _say(console, f"[bold]{size}{count(first.tokens)} tokens[/bold]")
+    keys = [key for key in first.values if len({str(one.values.get(key)) for one in group}) > 1]
     columns = ["loss", "±", "seeds", "total", "s", "g", "bits/byte", "CV", "MaxVio"]
     table = simple_table("setting", columns)
+    table.columns[0].min_width = min(30, max(len(short_name({key: one.values[key] for key in keys})) for one in group))
     for one in ordered[:SHOWN]:
         half = "–" if one.loss.high is None else f"{one.loss.high - one.loss.value:.4f}"
         sizes = [one.fact(column) for column in ("total_parameters", "sparsity", "granularity")]
         means = ["–" if mean is None else f"{mean.value:.3f}" for mean in (one.bits_per_byte, one.cv, one.max_vio)]
         forms = zip(sizes, (count, lambda value: f"{value:g}", fraction), strict=True)
         cells = ["–" if value is None else form(value) for value, form in forms]
-        table.add_row(escape(one.name), f"{one.loss.value:.4f}", half, str(one.loss.n), *cells, *means)
+        name = short_name({key: one.values[key] for key in keys}) or one.name
+        table.add_row(escape(name), f"{one.loss.value:.4f}", half, str(one.loss.n), *cells, *means)
     console.print(table)
     if len(ordered) > SHOWN:
         console.print(f"{len(ordered) - SHOWN} more: see the report, or --json", style="dim", highlight=False)
@@ -124,6 +130,10 @@ def print_published(console: Console, found: Mapping[str, Any]) -> None:
     _say(console, f"active parameters     {count(found['active'])}, from {found['active_from']}")
     limit = ", ".join(found["limited_by"])
     _say(console, f"total over active     {found['total_over_active']:.3g}, limited by {limit}")
+    _say(
+        console,
+        f"its own nearest size  {found['nearest_size']}: himoe plan --model {found['nearest_size']} --sparsity S",
+    )
     _say(console, "granularity           no number is published for an active size; released models nearest in size:\n")
     table = simple_table("model", ["active", "total", "E", "K", "s", "g"])
     for one in found["released_models_near"]:

@@ -103,7 +103,9 @@ def _document(found: Any) -> dict[str, Any]:
         names = [name for name in form.terms if ensemble.parameter(name) is not None]
         law = {
             "formula": formula(found.fitted),
-            "parameters": {n: {"value": float(ensemble.law.value(n)), "interval": ensemble.parameter(n)} for n in names},
+            "parameters": {
+                n: {"value": float(ensemble.law.value(n)), "interval": ensemble.parameter(n)} for n in names
+            },
             "left_out": form.left_out,
             "held_out": [{k: v for k, v in asdict(one).items() if k != "predicted"} for one in found.fitted.held_out],
             "residuals": dict(
