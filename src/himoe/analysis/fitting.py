@@ -13,33 +13,28 @@ HUBER = 1.345
 """Threshold in standard deviations: 95 % as efficient as least squares on normal residuals."""
 
 
-def fit(points: Points, form: Form | None = None, *, start: Array | None = None, threshold: float | None = None) -> Law:
+def fit(points: Points, form: Form | None = None) -> Law:
     """Fit a law to points.
 
     Args:
         points: one a setting.
         form: which parameters; those that the points can bear by default.
-        start: parameters to start from; several starts by default.
-        threshold: Huber's, in log loss; from the residuals of a first fit by default.
 
     Raises:
         DataError: too few settings.
     """
     form = choose_form(points) if form is None else form
     model, weights = Model(form, points), points.weights
-    starts = [start] if start is not None else list(_starts(form, points))
-    if threshold is None:
-        first = min((_solve(model, points.loss, weights, one, np.inf) for one in starts), key=lambda one: one[1])
-        rest = np.abs(points.loss - model(first[0])) * weights
-        spare = max(1, len(points) - len(form.terms))
-        # A median, so that outliers do not raise it; over the points to spare, since a fit follows its own points.
-        threshold = max(1e-7, HUBER * 1.4826 * float(np.median(rest) * np.sqrt(len(points) / spare)))
-        starts = [first[0], *starts]
+    starts, spare = list(_starts(form, points)), max(1, len(points) - len(form.terms))
+    first, _ = min((_solve(model, points.loss, weights, one, np.inf) for one in starts), key=lambda one: one[1])
+    rest = np.abs(points.loss - model(first)) * weights
+    # A median, so that outliers do not raise it; over the points to spare, since a fit follows its own points.
+    threshold = max(1e-7, HUBER * 1.4826 * float(np.median(rest) * np.sqrt(len(points) / spare)))
+    starts = [first, *starts]
     theta, _ = min((_solve(model, points.loss, weights, one, threshold) for one in starts), key=lambda one: one[1])
     residuals = points.loss - model(theta)
     slopes = model.derivatives(theta) * weights[:, None]
     leverage = np.clip(np.einsum("ip,pi->i", slopes, np.linalg.pinv(slopes)), 0.0, 0.999)
-    spare = max(1, len(points) - len(theta))
     scale = float(np.sqrt(np.sum((residuals * weights) ** 2) / spare))
     return Law(form, theta, points, residuals, leverage, scale, threshold)
 
@@ -103,11 +98,11 @@ def refit(law: Law, losses: Array, weights: Array | None = None) -> Array:
         tried = np.clip(theta + step[..., 0], lower, upper)
         new_cost, new_rest = _huber(model, tried, losses, weights, law.threshold)
         good = new_cost <= cost
-        moved = np.max(np.abs(tried - theta)[good], initial=0.0)
+        moved = np.max(np.abs(tried - theta))
         theta = np.where(good[:, None], tried, theta)
         cost, rest = np.where(good, new_cost, cost), np.where(good[:, None], new_rest, rest)
         damping = np.clip(np.where(good, damping / 5, damping * 4), 1e-12, 1e9)
-        if moved < 1e-6 and good.all():
+        if moved < 1e-6:
             break
     return theta
 

@@ -109,6 +109,8 @@ OUTSIDE = ("E", "B", "beta")
 AXES = {"alpha": "n", "gamma": "s", "lambda": "g", "B": "d", "kappa": "g", "delta": "s", "beta": "d", "E": "n",
         "mu": "gn", "rho": "sd"}  # fmt: skip
 """The axes that must vary."""
+NEEDS = {"kappa": "lambda", "mu": "lambda", "delta": "gamma", "rho": "gamma", "beta": "B", "E": "alpha"}
+"""Terms that mean nothing without another."""
 AXIS_NAMES = {"n": "active parameters", "s": "sparsity", "g": "granularity", "d": "tokens"}
 
 
@@ -162,8 +164,8 @@ def choose_form(points: Points) -> Form:
         reason = _redundant(values, columns, x, name)
         if not reason and len(chosen) + 1 > len(points) - SPARE:
             reason = f"{len(points)} settings are too few for it"
-        if not reason and name in ("mu", "kappa") and "lambda" not in chosen:
-            reason = "granularity has no term of its own"
+        if not reason and (first := NEEDS.get(name)) and first not in chosen:
+            reason = f"the law has no term of {TERMS[first][0]}"
         if reason:
             left_out[name] = f"{meaning}: {reason}"
         else:

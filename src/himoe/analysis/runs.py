@@ -189,7 +189,7 @@ def split(sweep: Sweep) -> tuple[dict[tuple[Any, ...], list[Row]], list[Left]]:
     for key, rows in settings.items():
         longest = max(float(row["tokens"]) for row in rows)
         whole: dict[Any, Row] = {}
-        for row in sorted(rows, key=lambda one: str(one.get("started"))):
+        for row in sorted(rows, key=lambda one: str(one.get("started") or "")):
             if row["tokens"] < longest * (1 - SAME_LENGTH):
                 left.append(_left(row, f"ended at {row['tokens']:,.0f} of the {longest:,.0f} tokens of its setting"))
                 continue
