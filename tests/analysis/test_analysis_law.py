@@ -32,7 +32,7 @@ def test_a_law_without_noise_is_recovered():
     assert law.value("kappa") == pytest.approx(true.bend_g, rel=0.01)
     assert law.value("delta") == pytest.approx(true.bend_s, rel=0.01)
     true = Truth()
-    law, _ = law_of(**THREE)
+    law, _ = law_of(scales=THREE["scales"])
     assert law.value("mu") == pytest.approx(true.bend_g * true.drift, rel=0.1)
     n, d = law.points.n.max(), law.points.d.max()
     place = best(law, law.theta, n, d)
