@@ -121,3 +121,13 @@ def test_too_few_settings_are_refused_and_the_study_goes_on():
     assert found.fitted is None and "at least 5 settings" in found.no_law and len(found.settings) == 4
     with pytest.raises(DataError, match="none of 12 runs can be used"):
         study(from_rows("x", [row | {"status": "running"} for row in some.rows]))
+
+
+def test_a_missing_seed_does_not_move_its_setting():
+    whole = rows(common=0.05, own=0.0)
+    holes = [row for i, row in enumerate(whole) if i not in (0, 7, 14)]
+    points = [points_of(settings_of(from_rows("x", some))[0])[0] for some in (whole, holes)]
+    first, second = (dict(zip(zip(one.s, one.g, strict=True), one.loss, strict=True)) for one in points)
+    assert {at: first[at] - first[next(iter(first))] for at in first} == pytest.approx(
+        {at: second[at] - second[next(iter(first))] for at in first}, abs=1e-9
+    )

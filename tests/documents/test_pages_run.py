@@ -47,6 +47,22 @@ def test_the_page_of_plans_runs_and_shows_what_is_printed(folder, monkeypatch, c
         assert f"| `{name}` | {' | '.join(map(count, four))} |\n" in text
 
 
+def test_the_page_of_the_analysis_runs_and_shows_what_is_printed(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    ran = page("docs/analysis.md", folder).run()
+    assert [words.split()[1] for words in ran[1:-1]] == ["analyze"] * 3 + ["recommend"] * 3
+    assert (folder / "sweeps/experts/analysis.html").is_file() and (folder / "k4.html").is_file()
+    monkeypatch.setenv("COLUMNS", "118")
+    capsys.readouterr()
+    assert main(["recommend", "sweeps/experts", "--active", "3M"]) == 0
+    text = (ROOT / "docs/analysis.md").read_text(encoding="utf-8")
+    shown = text.partition("--active 3M\n")[2].partition("```")[0]
+    words = re.compile(r"[^\W\d]{2,}")  # numbers may differ in their last digit from machine to machine
+    assert [words.findall(line) for line in capsys.readouterr().out.strip().splitlines()] == [
+        words.findall(line) for line in shown.strip().splitlines()
+    ]
+
+
 def test_the_howto_of_a_new_balancer_runs(folder):
     ran = page("docs/howto/new-balancer.md", folder).run()
     assert ran[:3] == ["overload.py", "test_overload.py", "python -m pytest -q test_overload.py"]

@@ -26,12 +26,12 @@ def fit(points: Points, form: Form | None = None) -> Law:
     form = choose_form(points) if form is None else form
     model, weights = Model(form, points), points.weights
     starts, spare = list(_starts(form, points)), max(1, len(points) - len(form.terms))
-    first, _ = min((_solve(model, points.loss, weights, one, np.inf) for one in starts), key=lambda one: one[1])
-    rest = np.abs(points.loss - model(first)) * weights
+    first = sorted((_solve(model, points.loss, weights, one, np.inf) for one in starts), key=lambda one: one[1])
+    rest = np.abs(points.loss - model(first[0][0])) * weights
     # A median, so that outliers do not raise it; over the points to spare, since a fit follows its own points.
     threshold = max(1e-7, HUBER * 1.4826 * float(np.median(rest) * np.sqrt(len(points) / spare)))
-    starts = [first, *starts]
-    theta, _ = min((_solve(model, points.loss, weights, one, threshold) for one in starts), key=lambda one: one[1])
+    again = [_solve(model, points.loss, weights, one, threshold) for one, _ in first[:3]]
+    theta, _ = min(again, key=lambda one: one[1])
     residuals = points.loss - model(theta)
     slopes = model.derivatives(theta) * weights[:, None]
     leverage = np.clip(np.einsum("ip,pi->i", slopes, np.linalg.pinv(slopes)), 0.0, 0.999)

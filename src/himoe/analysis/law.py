@@ -46,7 +46,7 @@ class Points:
         s: E/K.
         g: F/(4·D).
         d: tokens.
-        loss: log of the mean cross-entropy.
+        loss: mean log cross-entropy.
         seeds: runs behind each mean.
     """
 
@@ -79,10 +79,29 @@ def points_of(settings: Sequence[Setting]) -> tuple[Points, list[Setting]]:
         [number(one.fact("sparsity")) for one in used],
         [number(one.fact("granularity")) for one in used],
         [one.tokens for one in used],
-        [one.loss.value for one in used],
     ]
     logs = [np.log(np.array(column, dtype=float)) for column in columns]
-    return Points(*logs, seeds=np.array([one.loss.n for one in used], dtype=float)), used
+    return Points(*logs, loss=mean_log_losses(used), seeds=np.array([one.loss.n for one in used], dtype=float)), used
+
+
+def mean_log_losses(settings: Sequence[Setting]) -> Array:
+    """Return the mean log loss of each setting over its seeds, less what these seeds do to all settings.
+
+    A setting that lacks a seed would otherwise look better or worse by that seed's luck. Seeds that fewer than half of
+    the settings have are taken as they are: nothing tells their luck from their settings'. With equal seeds everywhere
+    these are plain means.
+    """
+    runs = [(i, row["seed"], float(np.log(row["cross_entropy"]))) for i, one in enumerate(settings) for row in one.runs]
+    number_of = {seed: sum(1 for _, other, _ in runs if other == seed) for _, seed, _ in runs}
+    common = sorted((seed for seed, count in number_of.items() if 2 * count >= len(settings)), key=str)
+    table = np.zeros((len(runs) + 1, len(settings) + len(common)))
+    for row, (i, seed, _) in enumerate(runs):
+        table[row, i] = 1
+        if seed in common:
+            table[row, len(settings) + common.index(seed)] = 1
+    table[-1, len(settings) :] = 1  # the seeds' parts sum to nothing
+    losses = np.array([loss for _, _, loss in runs] + [0.0])
+    return np.linalg.lstsq(table, losses, rcond=None)[0][: len(settings)]
 
 
 def _complete(one: Setting) -> bool:

@@ -111,7 +111,7 @@ def _candidate(one: Next) -> tuple[tuple[int, ...], float, float]:
 def _candidates(
     law: Law, family: list[Setting], spread: Place, width: float, num_groups: int
 ) -> list[tuple[tuple[int, ...], float, float]]:
-    """Return (E, K, F), s and g of settings with powers of two.
+    """Return (E, K, F), s and g of settings that are not there yet, with s a power of two or half more.
 
     Within what was measured, where the law is known to hold, and a factor of 2 beyond an end at which the best may lie.
     """
@@ -125,12 +125,15 @@ def _candidates(
         reach = [OCTAVE if share >= OFTEN else 0.0 for share in shares]
         ranges.append((ends[0] - reach[0] - 0.01, ends[1] + reach[1] + 0.01))
     largest = 2 * max(float(one.fact("num_experts")) for one in family)
-    for k in (num_groups * 2**power for power in range(10)):
+    there = {(one.fact("num_experts"), one.fact("top_k"), one.fact("expert_dim")) for one in family}
+    for k in range(num_groups, 513, num_groups):
         hidden = 4 * dim * width / k
         g = width / k
         if abs(hidden - round(hidden)) > 1e-6 or hidden < SMALLEST_EXPERT or not _inside(g, ranges[0]):
             continue
-        for s in (2**power for power in range(11)):
+        for s in sorted({1} | {base * 2**power for power in range(11) for base in (2, 3)}):
+            if (s * k, k, round(hidden)) in there:
+                continue
             if _inside(s, ranges[1]) and s * k <= largest:
                 found.append(((s * k, k, round(hidden)), float(s), g))
     return found

@@ -66,7 +66,7 @@ class Recommendation:
         level: of the intervals.
         warnings: what to know before using it.
         next: settings to run next, the most telling first.
-        seeds: to run of each.
+        seeds: to run of each, those of the sweep: what they do to all settings then cancels.
         held_out: the law's error on settings left out, as a share.
         recipe: of the sweep.
         keep: keys of the configuration that stay.
@@ -86,7 +86,7 @@ class Recommendation:
     level: float
     warnings: list[str]
     next: list[Next]
-    seeds: int
+    seeds: list[int]
     held_out: dict[str, float]
     recipe: str
     keep: dict[str, Any] = field(default_factory=dict)
@@ -104,7 +104,7 @@ class Recommendation:
             lines += ["", "[set]", *(f'"{key}" = {_toml(value)}' for key, value in self.keep.items())]
         lines += ["", "[[zip]]"]
         lines += [f'"{key}" = {[one.set[key] for one in self.next]}' for key in self.next[0].set]
-        return "\n".join([*lines, "", "[axes]", f"seed = {list(range(self.seeds))}", ""])
+        return "\n".join([*lines, "", "[axes]", f"seed = {self.seeds}", ""])
 
 
 def _toml(value: Any) -> str:
@@ -154,7 +154,7 @@ def recommend(fitted: Fitted, budget: Budget, name: str, *, num_groups: int = 1)
         level=LEVEL,
         warnings=_warnings(fitted, sizes, at, spread, high, budget),
         next=next_runs(fitted, sizes, at, spread, family, num_groups),
-        seeds=max(3, round(float(np.median(law.points.seeds)))),
+        seeds=_seeds(fitted.settings),
         held_out={one.what: one.error for one in fitted.held_out},
         recipe=str(family[0].fact("recipe")),
         keep=_keep(family[0]),
@@ -215,6 +215,12 @@ def _nearest(law: Law, at: Place, sizes: Sizes, family: list[Setting], num_group
 def _family(settings: Sequence[Setting], n: float) -> list[Setting]:
     """Return the settings of the active size nearest to n."""
     return min(families(settings), key=lambda family: abs(np.log(family[0].active or 1.0) - n))
+
+
+def _seeds(settings: Sequence[Setting]) -> list[int]:
+    """Return the seeds that at least half of the settings have."""
+    seeds = [row["seed"] for one in settings for row in one.runs]
+    return sorted({seed for seed in seeds if 2 * seeds.count(seed) >= len(settings)}) or [0, 1, 2]
 
 
 def _keep(one: Setting) -> dict[str, Any]:

@@ -111,7 +111,8 @@ def print_recommendation(console: Console, found: Recommendation) -> None:
         _say(console, f"[yellow]warning[/yellow] {escape(line)}")
     if found.next:
         share = sum(one.explains for one in found.next)
-        _say(console, f"\n[bold]To run next[/bold], with {found.seeds} seeds each; their outcomes would explain about "
+        which = ", ".join(map(str, found.seeds))
+        _say(console, f"\n[bold]To run next[/bold] with the seeds {which}; their outcomes would explain about "
                       f"{share:.0%} of the best's variance:")  # fmt: skip
         for one in found.next:
             new = ", beyond what was measured" if one.new else ""
