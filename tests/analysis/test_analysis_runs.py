@@ -82,3 +82,21 @@ def test_files_are_read_as_tables_are(tmp_path):
         read_sweep(tmp_path / "nowhere")
     with pytest.raises(DataError, match="has no tokens"):
         read_sweep(runs.drop_columns(["tokens"]))
+
+
+def test_paired_intervals_leave_out_what_a_seed_does_to_all():
+    settings, _ = settings_of(from_rows("x", rows(common=0.05, own=0.001)))
+    for one in settings:
+        raw, paired = (mean.high - mean.value for mean in (one.loss, one.paired))
+        assert paired < raw / 5 and one.paired.value == pytest.approx(one.loss.value)
+    only, _ = settings_of(from_rows("x", rows(sparsities=(4,), slices=(1, 4))))
+    assert [one.paired for one in only] == [None, None]  # two settings do not tell a seed's part from their own
+
+
+def test_paired_intervals_by_hand():
+    some = rows(slices=(1, 4, 16), sparsities=(4,), seeds=2)
+    for row, loss in zip(some, (3.0, 3.4, 3.1, 3.6, 3.2, 3.5), strict=True):
+        row["cross_entropy"] = loss
+    settings, _ = settings_of(from_rows("x", some))
+    # Seeds' means 3.1 and 3.5; left of the first setting 3.2 and 3.2, of the second 3.3 and 3.4, of the third 3.4, 3.3.
+    assert [one.paired.spread for one in settings] == pytest.approx([0.0, 0.0707107 * 1.5**0.5, 0.0707107 * 1.5**0.5])

@@ -44,7 +44,8 @@ def _line(
     """Return one line with the interval of each mean, none where there is a single seed."""
     style, points = style_of(index), sorted(some, key=x)
     means = [getattr(one, value) for one in points]
-    half = [0.0 if mean.high is None else mean.high - mean.value for mean in means]
+    bars = [one.paired if value == "loss" and one.paired else mean for one, mean in zip(points, means, strict=True)]
+    half = [0.0 if mean.high is None else mean.high - mean.value for mean in bars]
     notes = [f"{escape(one.name)}<br>{one.loss.n} seed{'s' * (one.loss.n > 1)}" for one in points]
     return {
         "type": "scatter",
@@ -114,8 +115,8 @@ def family_charts(family: Sequence[Setting]) -> list[Chart]:
         return f"g = {fraction(value)}"
 
     lines = (
-        "A line for each sparsity s = E/K. Bars: Student’s 95 % interval over seeds, which holds what a seed does to"
-        " all settings alike."
+        "A line for each sparsity s = E/K. Bars: the 95 % interval for comparing settings, without what a seed"
+        " does to all of them."
     )
     balance = _against("CV of load against expert count", family, "num_experts", "granularity", by_experts, fine,
                        "Means over seeds; 0 is perfectly even load.", value="cv")  # fmt: skip

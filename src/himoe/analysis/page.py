@@ -152,18 +152,20 @@ def _three(value: float) -> str:
 
 
 def _settings(found: Study) -> str:
-    head = ["Setting", "Loss", "95 % interval", "Seeds", "Bits per byte", "Total", "Active", "CV", "MaxVio"]
+    head = ["Setting", "Loss", "95 % interval", "Paired ±", "Seeds", "Bits per byte", "Total", "Active", "CV", "MaxVio"]
     rows = []
     for one in found.settings:
         interval = NOTHING if one.loss.low is None else f"{show(one.loss.low)} – {show(one.loss.high)}"
         sizes = [count(one.fact("total_parameters")), count(one.fact("active_parameters"))]
         means = [NOTHING if mean is None else show(mean.value) for mean in (one.bits_per_byte, one.cv, one.max_vio)]
         loss = f"<b>{show(one.loss.value)}</b>"
+        paired = NOTHING if one.paired is None or one.paired.high is None else show(one.paired.high - one.paired.value)
         rows.append(
             [
                 f'<span style="font-weight:400">{text_of(one.name)}</span>',
                 loss,
                 interval,
+                paired,
                 str(one.loss.n),
                 means[0],
                 *sizes,
@@ -172,8 +174,8 @@ def _settings(found: Study) -> str:
         )
     text = (
         "<p>Means over seeds, the lowest loss first, with Student’s interval over the seeds; a single seed has none."
-        " Intervals of two settings that share their seeds may overlap although one is better on every seed:"
-        " <b>himoe compare</b> looks at the differences.</p>"
+        " <b>Paired</b> is half the interval that is left when what a seed does to all settings of one size and length"
+        " is taken out: settings that share their seeds are compared by that one.</p>"
     )
     table = html_table(head, rows[:SHOWN], "Settings")
     if len(rows) > SHOWN:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -79,6 +79,8 @@ class Setting:
         bits_per_byte: None where a run has none.
         cv: of the experts' load.
         max_vio: busiest expert over the mean, less 1.
+        paired: the same mean loss with the interval that is left when what a seed does to all settings beside it is
+            taken out; None where there is nothing to take it from.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Setting:
     bits_per_byte: Mean | None
     cv: Mean | None
     max_vio: Mean | None
+    paired: Mean | None = None
 
     def fact(self, column: str) -> Any:
         """Return what all its runs have in a column."""
@@ -135,7 +138,34 @@ def settings_of(sweep: Sweep) -> tuple[list[Setting], list[Left]]:
     """Return the settings, those with the lowest loss first, and the runs that are in none."""
     groups, left = split(sweep)
     found = [_setting(sweep, rows) for rows in groups.values() if rows]
+    alike = [same for family in families(found) for same in equal_tokens(family)]
+    paired = {id(one): mean for same in alike for one, mean in zip(same, _paired(same), strict=True)}
+    found = [replace(one, paired=paired.get(id(one))) for one in found]
     return sorted(found, key=lambda one: one.loss.value), left
+
+
+def _paired(same: Sequence[Setting]) -> list[Mean | None]:
+    """Return the means of settings of one size and length with the interval for comparing them with each other.
+
+    A seed gives all of them one data order, and that often moves their losses more than anything that is compared.
+    Each seed's mean over the M settings that have all seeds is taken out, and the variance multiplied by M/(M − 1) for
+    that (Morey 2008, doi 10.20982/tqmp.04.2.p061).
+    """
+    losses = [{row["seed"]: float(row["cross_entropy"]) for row in one.runs} for one in same]
+    seeds = set().union(*losses)
+    whole = [one for one in losses if set(one) == seeds]
+    m = len(whole)
+    if m < 3 or len(seeds) < 2:
+        return [None] * len(same)
+    effects = {seed: float(np.mean([one[seed] for one in whole])) for seed in seeds}
+    centre = float(np.mean(list(effects.values())))
+    found: list[Mean | None] = []
+    for one in losses:
+        rest = [loss - effects[seed] + centre for seed, loss in one.items()]
+        mean = float(np.mean(rest))
+        widened = student([mean + (value - mean) * math.sqrt(m / (m - 1)) for value in rest])
+        found.append(widened if widened.n > 1 else None)
+    return found
 
 
 def _setting(sweep: Sweep, rows: list[Row]) -> Setting:

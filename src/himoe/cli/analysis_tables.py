@@ -30,7 +30,11 @@ def print_study(console: Console, found: Study, page: str | None) -> None:
         groups.append(rest)
     for group in groups:
         _print_settings(console, group)
-    console.print("±: half of Student's 95 % interval over the seeds; one seed has none.", style="dim", highlight=False)
+    for line in (
+        "±: half of Student's 95 % interval over the n seeds; one seed has none. paired: what is left of it",
+        "without what a seed does to all settings beside it; settings are compared by that.",
+    ):
+        console.print(line, style="dim", highlight=False, soft_wrap=True)
     console.print()
     _print_law(console, found)
     if found.left:
@@ -52,17 +56,18 @@ def _print_settings(console: Console, group: list[Setting]) -> None:
     size = f"{count(first.active)} active without embeddings and routers, " if first.active else ""
     _say(console, f"[bold]{size}{count(first.tokens)} tokens[/bold]")
     keys = [key for key in first.values if len({str(one.values.get(key)) for one in group}) > 1]
-    columns = ["loss", "±", "seeds", "total", "s", "g", "bits/byte", "CV", "MaxVio"]
+    columns = ["loss", "±", "paired", "n", "total", "s", "g", "CV", "MaxVio"]
     table = simple_table("setting", columns)
     table.columns[0].min_width = min(30, max(len(short_name({key: one.values[key] for key in keys})) for one in group))
     for one in ordered[:SHOWN]:
-        half = "–" if one.loss.high is None else f"{one.loss.high - one.loss.value:.4f}"
+        half = ["–" if mean is None or mean.high is None else f"{mean.high - mean.value:.4f}"
+                for mean in (one.loss, one.paired)]  # fmt: skip
         sizes = [one.fact(column) for column in ("total_parameters", "sparsity", "granularity")]
-        means = ["–" if mean is None else f"{mean.value:.3f}" for mean in (one.bits_per_byte, one.cv, one.max_vio)]
+        means = ["–" if mean is None else f"{mean.value:.3f}" for mean in (one.cv, one.max_vio)]
         forms = zip(sizes, (count, lambda value: f"{value:g}", fraction), strict=True)
         cells = ["–" if value is None else form(value) for value, form in forms]
         name = short_name({key: one.values[key] for key in keys}) or one.name
-        table.add_row(escape(name), f"{one.loss.value:.4f}", half, str(one.loss.n), *cells, *means)
+        table.add_row(escape(name), f"{one.loss.value:.4f}", *half, str(one.loss.n), *cells, *means)
     console.print(table)
     if len(ordered) > SHOWN:
         console.print(f"{len(ordered) - SHOWN} more: see the report, or --json", style="dim", highlight=False)

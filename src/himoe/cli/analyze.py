@@ -93,7 +93,7 @@ def _document(found: Any) -> dict[str, Any]:
             "values": one.values,
             "runs": [row["run"] for row in one.runs],
             "tokens": one.tokens,
-            **{name: plain(getattr(one, name)) for name in ("loss", "bits_per_byte", "cv", "max_vio")},
+            **{name: plain(getattr(one, name)) for name in ("loss", "paired", "bits_per_byte", "cv", "max_vio")},
         }
         for one in found.settings
     ]
