@@ -83,28 +83,34 @@ def refit(law: Law, losses: Array, weights: Array | None = None) -> Array:
         losses: (rows, points).
         weights: (rows, points); those of the law by default, 0 leaves a point out.
     """
-    model = Model(law.form, law.points)
+    model, threshold = Model(law.form, law.points), law.threshold
     weights = np.broadcast_to(law.points.weights if weights is None else weights, losses.shape)
     lower, upper = model.box(float(losses.min()), float(losses.max()))
-    theta = np.broadcast_to(law.theta, (len(losses), len(law.theta))).copy()
-    damping, (cost, rest) = np.full(len(losses), 1e-6), _huber(model, theta, losses, weights, law.threshold)
+    found = np.broadcast_to(law.theta, (len(losses), len(law.theta))).copy()
+    rows = np.arange(len(losses))  # those that still move
+    theta, y, w, damping = found.copy(), losses, weights, np.full(len(losses), 1e-6)
+    cost, rest = _huber(model, theta, y, w, threshold)
     for _ in range(200):
-        pull = weights**2 * law.threshold / np.maximum(np.abs(rest * weights), law.threshold)
+        pull = w**2 * threshold / np.maximum(np.abs(rest * w), threshold)
         slopes = model.derivatives(theta)
         weighted = slopes * pull[..., None]
         normal = np.swapaxes(slopes, -1, -2) @ weighted
-        damped = normal + (damping[:, None] * np.einsum("bpp->bp", normal))[..., None] * np.eye(len(law.theta))
-        step = np.linalg.solve(damped + 1e-14 * np.eye(len(law.theta)), (rest[:, None] @ weighted)[:, 0, :, None])
-        tried = np.clip(theta + step[..., 0], lower, upper)
-        new_cost, new_rest = _huber(model, tried, losses, weights, law.threshold)
+        diagonal = damping[:, None] * np.einsum("bpp->bp", normal) + 1e-14
+        damped = normal + diagonal[..., None] * np.eye(theta.shape[1])
+        step = np.linalg.solve(damped, (rest[:, None] @ weighted)[:, 0, :, None])[..., 0]
+        tried = np.clip(theta + step, lower, upper)
+        new_cost, new_rest = _huber(model, tried, y, w, threshold)
         good = new_cost <= cost
-        moved = np.max(np.abs(tried - theta))
+        going = np.max(np.abs(tried - theta), axis=1) >= 1e-6
         theta = np.where(good[:, None], tried, theta)
+        found[rows] = theta
         cost, rest = np.where(good, new_cost, cost), np.where(good[:, None], new_rest, rest)
         damping = np.clip(np.where(good, damping / 5, damping * 4), 1e-12, 1e9)
-        if moved < 1e-6:
+        rows, theta, y, w = rows[going], theta[going], y[going], w[going]
+        cost, rest, damping = cost[going], rest[going], damping[going]
+        if not len(rows):
             break
-    return theta
+    return found
 
 
 def _huber(model: Model, theta: Array, y: Array, weights: Array, threshold: float) -> tuple[Array, Array]:

@@ -181,6 +181,15 @@ def choose_form(points: Points) -> Form:
             continue
         values = column(x)
         reason = _redundant(values, columns, x, name)
+        if (
+            reason
+            and name == "E"
+            and "alpha" in chosen
+            and (bends := [one for one in ("kappa", "delta") if one in chosen])
+        ):
+            # Two sizes tell an offset too: it is what makes a bend of log loss flatter in the larger one.
+            values = TERMS[bends[0]][1](x) * x.n
+            reason = _redundant(values, columns, x, name)
         if not reason and len(chosen) + 1 > len(points) - SPARE:
             reason = f"{len(points)} settings are too few for it"
         if not reason and (first := NEEDS.get(name)) and first not in chosen:
