@@ -73,7 +73,7 @@ def count(
             widths[name].append((high - low) / (ends[1] - ends[0]))
         low, high = np.exp(ensemble.interval(law.log_loss(found, ensemble.theta[:, None, :])[:, 0]))
         exact = truth.loss(math.exp(n), math.exp(float(found.s[0])), math.exp(float(found.g[0])), math.exp(d))
-        inside["loss"].append(low <= exact <= high)
+        inside["loss"].append(bool(low <= exact <= high))
         widths["loss"].append(high - low)
     return {
         name: Count(

@@ -18,7 +18,7 @@ from himoe.errors import ConfigError
 
 @dataclass(kw_only=True)
 class Analyze(Verb):
-    """Say what a sweep found: settings with intervals, plots, a fitted law.
+    """Say what a sweep found: means with intervals, plots, a fitted law.
 
     Examples:
       himoe analyze sweeps/experts

@@ -15,7 +15,7 @@ from himoe.errors import ConfigError, DataError, HimoeError
 
 @dataclass(kw_only=True)
 class Recommend(Verb):
-    """Say how many experts of which size suit a budget, and how sure that is.
+    """Say how many experts of which size suit a budget, and how surely.
 
     Examples:
       himoe recommend sweeps/experts --active 5M

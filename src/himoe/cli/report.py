@@ -13,7 +13,7 @@ from himoe.cli.parsing import Verb, option
 
 @dataclass(kw_only=True)
 class Report(Verb):
-    """Write a run's page anew: loss, domains, and the load of every expert.
+    """Write a run's page anew: loss, domains, the load of every expert.
 
     Examples:
       himoe report runs/novels

@@ -23,7 +23,7 @@ EXIT = {INTERRUPTED: 130, ALARM: 3}
 
 @dataclass(kw_only=True)
 class Train(Verb):
-    """Train a language model; its run folder holds all that is known of it.
+    """Train a language model; its run folder holds all there is to know.
 
     Examples:
       himoe train
