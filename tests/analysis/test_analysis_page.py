@@ -93,7 +93,7 @@ def test_the_verbs_print_and_write(folder, capsys, monkeypatch):
     assert main(["recommend", str(folder), "--total", "12M", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["granularity"]["low"] <= said["granularity"]["value"] <= said["granularity"]["high"]
-    assert said["spec"].startswith('recipe = "lm_small"') and said["total"] <= 12.01e6
+    assert said["spec"].startswith('recipe = "lm_small_switch"') and said["total"] <= 12.01e6
     assert main(["recommend", str(folder)]) == 0 and "To run next" in capsys.readouterr().out
     assert main(["recommend", "--active", "50M"]) == 0
     assert "not your data, model or tokens" in capsys.readouterr().out

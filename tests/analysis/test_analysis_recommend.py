@@ -81,7 +81,7 @@ def test_what_to_run_next_makes_the_optimum_surer():
     said = recommend(study(from_rows("x", rows(own=0.006))).fitted, Budget(), "x")
     spec = tomllib.loads(said.spec())
     (runs,) = spec["zip"]
-    assert len(said.next) == 4 and spec["recipe"] == "lm_small" and spec["axes"]["seed"] == [0, 1, 2]
+    assert len(said.next) == 4 and spec["recipe"] == "lm_small_switch" and spec["axes"]["seed"] == [0, 1, 2]
     assert all(k * f == 4 * 96 for k, f in zip(runs["moe.top_k"], runs["moe.expert_dim"], strict=True))
     assert said.next[0].explains == max(one.explains for one in said.next)
     widths = {"chosen": [], "elsewhere": []}
