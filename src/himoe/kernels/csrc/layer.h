@@ -53,7 +53,7 @@ struct Layer {
   // out (n, rows) = a (n, columns) wᵀ, or (n, columns) = a (n, rows) w, for a weight w (rows, columns).
   void times_weight(bool transposed, Int n, Int rows, Int columns, const C* a, const S* w, C* result, C* wide) const {
     if constexpr (kHasFew)
-      if (!transposed && is_few(n)) return multiply_in_place(n, columns, rows, a, rows, w, result);
+      if (!transposed && is_few(n)) return multiply_weight(n, columns, rows, a, rows, w, result);
     const Int step = kConverts ? std::clamp<Int>(kWidenedArea / columns, 1, rows) : rows;
     for (Int i = 0; i < rows; i += step) {
       const Int some = std::min(step, rows - i);
@@ -81,12 +81,12 @@ struct Layer {
     float* inner = scratch.take<float>(padded * H);  // hiddenᵀ, then unitᵀ
     float* units = scratch.take<float>(n * F);
     transpose_in([&](Int r) { return x + p.pair_of_row[t.row0 + r] / p.top_k * D; }, n, D, outer);
-    multiply_panels(H, columns, D, up + t.expert * H * D, D, 1, outer, inner, kPanel, H * kPanel);
+    multiply_panels(false, H, columns, D, up + t.expert * H * D, D, 1, outer, inner, kPanel, H * kPanel);
     transpose_out(inner, n, H, hidden + t.row0 * H);
     for (Int r = 0; r < n; ++r)
       activate_row(p.activation, hidden + (t.row0 + r) * H, p.weights[p.pair_of_row[t.row0 + r]], units + r * F, F);
     transpose_in([=](Int r) { return units + r * F; }, n, F, inner);
-    multiply_panels(D, columns, F, down + t.expert * D * F, F, 1, inner, outer, kPanel, D * kPanel);
+    multiply_panels(false, D, columns, F, down + t.expert * D * F, F, 1, inner, outer, kPanel, D * kPanel);
     transpose_out(outer, n, D, out + t.row0 * D);
   }
 
@@ -175,7 +175,7 @@ struct Layer {
           for (Int row = r; row < end; ++row)
             pack_row(of_up ? x + p.pair_of_row[row] / p.top_k * p.width + t.j0 : unit + (row + t.shift) * p.units + t.j0, J,
                      end - r, row - r, right_space);
-          multiply_panels(I, J, end - r, left, 1, left_ld, right_space, part, in_place ? columns : J, kPanel);
+          multiply_panels(false, I, J, end - r, left, 1, left_ld, right_space, part, in_place ? columns : J, kPanel);
           continue;
         }
       const C* right = of_up ? operand(x, true, p.width, r, end, t.j0, t.j1, right_space, right_ld)

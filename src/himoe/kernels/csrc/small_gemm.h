@@ -73,10 +73,10 @@ inline void multiply_panel(bool add, Int m, Int columns, Int depth, const float*
   }
 }
 
-// C (m, columns) = A B for B (depth, columns) in panels: all rows of kPanel columns, then those of the next. C's
+// C (m, columns) = A B, or C + A B, for B (depth, columns) in panels: all rows of kPanel columns, then those of the next. C's
 // panels lie c_panel apart. Rows of A go by once, each block of them meeting all panels. A of bf16 has a_step 1.
 template <class T>
-void multiply_panels(Int m, Int columns, Int depth, const T* a, Int a_row, Int a_step, const float* panels, float* c,
+void multiply_panels(bool add, Int m, Int columns, Int depth, const T* a, Int a_row, Int a_step, const float* panels, float* c,
                      Int c_row, Int c_panel) {
   for (Int k = 0; k < depth; k += kDepth) {
     const Int some = std::min(kDepth, depth - k);
@@ -93,7 +93,7 @@ void multiply_panels(Int m, Int columns, Int depth, const T* a, Int a_row, Int a
         left = wide, row = kDepth;
       }
       for (Int j = 0; j < columns; j += kPanel)
-        multiply_panel(k > 0, rows, std::min(kPanel, columns - j), some, left, row, a_step,
+        multiply_panel(add || k > 0, rows, std::min(kPanel, columns - j), some, left, row, a_step,
                        panels + j * depth + k * kPanel, c + i * c_row + j / kPanel * c_panel, c_row);
     }
   }
@@ -102,29 +102,26 @@ void multiply_panels(Int m, Int columns, Int depth, const T* a, Int a_row, Int a
 // Row number `row` of `rows` into panels, see multiply_panels.
 template <class T>
 void pack_row(const T* from, Int columns, Int rows, Int row, float* panels) {
-  for (Int j = 0; j < columns; j += kPanel) {
-    float* to = panels + j * rows + row * kPanel;
-    const Int some = std::min(kPanel, columns - j);
-    convert(from + j, to, some);
-    std::fill(to + some, to + kPanel, 0.0f);
-  }
+  float* to = panels + row * kPanel;
+  Int j = 0;
+  for (; j + kPanel <= columns; j += kPanel, to += rows * kPanel) convert(from + j, to, kPanel);
+  if (j == columns) return;
+  convert(from + j, to, columns - j);
+  std::fill(to + columns - j, to + kPanel, 0.0f);
 }
 
-// C (m, columns) = A B for few rows m of A and a weight B (depth, columns) in place.
+// C (m, columns) = A B for few rows m of A and a weight B (depth, columns), which is read as it lies in memory, a
+// block at a time into panels that stay in the L2 cache.
 template <class T>
-void multiply_in_place(Int m, Int columns, Int depth, const float* a, Int a_row, const T* b, float* c) {
-  alignas(64) float strip[kDepth * kPanel];
-  for (Int k = 0; k < depth; k += kDepth) {
-    const Int some = std::min(kDepth, depth - k);
-    for (Int j = 0; j < columns; j += kPanel) {
-      const Int width = std::min(kPanel, columns - j);
-      const T* from = b + k * columns + j;
-      for (Int i = 0; i < some; ++i) __builtin_prefetch(from + i * columns + width);  // the next strip
-      if (width == kPanel)
-        for (Int i = 0; i < some; ++i) convert(from + i * columns, strip + i * kPanel, kPanel);
-      else
-        for (Int i = 0; i < some; ++i) pack_row(from + i * columns, width, some, i, strip);
-      multiply_panel(k > 0, m, width, some, a + k, a_row, 1, strip, c + j, columns);
+void multiply_weight(Int m, Int columns, Int depth, const float* a, Int a_row, const T* b, float* c) {
+  constexpr Int area = 1 << 15;
+  alignas(64) float panels[area];
+  for (Int j = 0; j < columns; j += area / 16) {
+    const Int width = std::min(columns - j, area / 16), most = std::min(area / round_up(width, kPanel), kDepth);
+    for (Int k = 0; k < depth; k += most) {
+      const Int some = std::min(most, depth - k);
+      for (Int r = 0; r < some; ++r) pack_row(b + (k + r) * columns + j, width, some, r, panels);
+      multiply_panels(k > 0, m, width, some, a + k, a_row, 1, panels, c + j, columns, kPanel);
     }
   }
 }
