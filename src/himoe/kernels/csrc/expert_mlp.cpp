@@ -31,8 +31,9 @@ void on_threads(const Problem& p, const Body& body) {
   body(0);
 }
 
+// Returns whether all went well: nothing that is thrown may leave a parallel region, nor reach Python.
 template <class S, class C>
-void run(const Problem& p, bool backward) {
+bool run(const Problem& p, bool backward) {
   const Layer<S, C> layer{p};
   const std::vector<Task> tasks = list_tasks(p, backward);
   const Int scratch_size = scratch_floats(p, tasks), pairs = p.tokens * p.top_k, kept = kept_rows(p);
@@ -40,6 +41,7 @@ void run(const Problem& p, bool backward) {
   for (Int e = 0; e < p.experts; ++e) tiles_left[e] = gradients_left[e] = 0;
   for (const Task& t : tasks) (is_tile(t) ? tiles_left : gradients_left)[t.expert]++;
   std::atomic<Int> next_task{0}, tasks_left{Int(tasks.size())}, next_token{0}, finished{0};
+  std::atomic<bool> failed{false};
   const auto wait_for = [](const std::atomic<Int>& left) {
     while (left > 0) std::this_thread::yield();
   };
@@ -53,7 +55,11 @@ void run(const Problem& p, bool backward) {
       } else {
         wait_for(tiles_left[t.expert]);
       }
-      layer.run_task(t, scratch);
+      try {
+        layer.run_task(t, scratch);
+      } catch (...) {  // torch's products; those who wait for this task go on
+        failed = true;
+      }
       --(is_tile(t) ? tiles_left : gradients_left)[t.expert];
     }
     wait_for(tasks_left);
@@ -65,6 +71,7 @@ void run(const Problem& p, bool backward) {
   if (!tasks.empty() || p.tokens > 0) on_threads(p, body);
   for (Int pair = 0; p.d_weights && pair < pairs; ++pair)
     p.d_weights[pair] = p.row_of_pair[pair] < kept ? p.d_weight_of_row[p.row_of_pair[pair]] : 0;
+  return !failed;
 }
 
 }  // namespace
@@ -72,15 +79,23 @@ void run(const Problem& p, bool backward) {
 
 extern "C" {
 
-// Floats of scratch that one thread needs.
+// Floats of scratch that one thread needs; -1: no memory for the list of tasks.
 himoe::Int himoe_scratch(const himoe::Problem* p, himoe::Int backward) {
-  return himoe::scratch_floats(*p, himoe::list_tasks(*p, backward));
+  try {
+    return himoe::scratch_floats(*p, himoe::list_tasks(*p, backward));
+  } catch (...) {
+    return -1;
+  }
 }
 
-void himoe_run(const himoe::Problem* p, himoe::Int backward) {
+// 0, or -1 where memory ran out or a product failed.
+himoe::Int himoe_run(const himoe::Problem* p, himoe::Int backward) {
   using namespace himoe;
-  if (p->mode == kSingle) return run<float, float>(*p, backward);
-  if (p->mode == kWidened) return run<bf16, float>(*p, backward);
-  run<bf16, bf16>(*p, backward);
+  try {
+    const auto pass = p->mode == kSingle ? run<float, float> : p->mode == kWidened ? run<bf16, float> : run<bf16, bf16>;
+    return pass(*p, backward) ? 0 : -1;
+  } catch (...) {
+    return -1;
+  }
 }
 }

@@ -12,13 +12,12 @@ namespace himoe {
 constexpr Int kGradRows = 512;         // rows summed by one product of a weight gradient
 constexpr Int kWidenedArea = 1 << 18;  // elements of a weight, or of its gradient, kept in fp32 at a time
 
-#ifndef FEWN
-#define FEWN 64
-#endif
-constexpr Int kFewRows = FEWN;
+constexpr Int kFewRows = 64;
 
 // Whether so few rows of an expert are multiplied by small_gemm.h.
 inline bool is_few(Int rows) { return rows <= kFewRows; }
+
+constexpr Int kCachedWeights = 1 << 20;  // of one expert: 4 MiB, an eighth of an L3 cache
 
 enum Kind { kForwardTile, kBackwardTile, kUpGrad, kDownGrad, kZeroGrad };
 
@@ -34,9 +33,11 @@ inline bool is_tile(const Task& t) { return t.kind == kForwardTile || t.kind == 
 
 inline Int kept_rows(const Problem& p) { return p.offsets[p.experts - 1]; }
 
-// Enough tiles to keep threads busy, each with enough rows to pay for reading the expert's weights.
+// Enough tiles to keep threads busy, each with enough rows to pay for reading the expert's weights: more of them where
+// these come from memory, no cache holding an expert.
 inline Int rows_per_tile(const Problem& p) {
-  return std::clamp<Int>(round_up(kept_rows(p) / 16, 16), 32, p.mode == kWidened ? 384 : 192);
+  const Int least = (p.rows_up + p.units) * p.width > kCachedWeights ? 128 : 32;
+  return std::clamp<Int>(round_up(kept_rows(p) / 16, 16), least, p.mode == kWidened ? 384 : 192);
 }
 
 struct Block {
@@ -70,6 +71,7 @@ inline void add_blocks(const Problem& p, Task task, Kind kind, Int n, Int m, std
 // group's first tile waits for the group before the last.
 inline std::vector<Task> place_experts(const Problem& p) {
   std::vector<Task> experts;
+  experts.reserve(p.experts);
   Int start = 0, group = 0, last_group = 0, half = 0;  // of the group: its first row, its first expert, the last one's
   for (Int e = 0; e < p.experts; ++e) {
     const Int row0 = e ? p.offsets[e - 1] : 0, row1 = p.offsets[e];
