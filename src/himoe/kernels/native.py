@@ -196,7 +196,7 @@ def _run(
 def _failure(up: Tensor, down: Tensor, rows: SortedPairs) -> KernelError:
     return KernelError(
         f"expert_mlp: backend native ran out of memory or failed with up_proj {tuple(up.shape)}, down_proj "
-        f"{tuple(down.shape)} and {rows.pair_of_row.numel()} pairs; give it fewer tokens at a time, or take backend loop"
+        f"{tuple(down.shape)} and {rows.pair_of_row.numel()} pairs; give it fewer tokens at a time, or take loop"
     )
 
 
@@ -210,8 +210,8 @@ def forward(
     y = large_pages.empty(*x.shape, like=x)
     hidden = large_pages.empty(num_pairs, up_proj.shape[1], like=x)
     out = large_pages.empty(num_pairs, x.shape[1], like=x)
-    tensors = {"up": up_proj, "down": down_proj, "hidden": hidden, "out": out, "y": y}
-    _run(False, weights, rows, activation, (False,) * 4, x=x, **tensors)
+    needs = (False,) * 4
+    _run(False, weights, rows, activation, needs, x=x, up=up_proj, down=down_proj, hidden=hidden, out=out, y=y)
     return y, hidden
 
 

@@ -53,7 +53,8 @@ inline __attribute__((always_inline)) void multiply_tile(bool add, Int depth, co
 }
 
 template <int R, int V>
-void multiply_rows(bool add, Int m, Int depth, const float* a, Int a_row, Int a_step, const float* b, float* c, Int c_row) {
+void multiply_rows(bool add, Int m, Int depth, const float* a, Int a_row, Int a_step, const float* b, float* c,
+                   Int c_row) {
   for (; m >= R; m -= R, a += R * a_row, c += R * c_row) multiply_tile<R, V>(add, depth, a, a_row, a_step, b, c, c_row);
   if constexpr (R > 1)
     if (m > 0) multiply_rows<R - 1, V>(add, m, depth, a, a_row, a_step, b, c, c_row);
