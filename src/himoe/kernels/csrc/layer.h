@@ -161,7 +161,7 @@ struct Layer {
     constexpr bool in_place = std::is_same_v<S, float>;
     const Int most = std::min(kGradRows, t.row1 - t.row0);
     C* left_space = scratch.take<C>(most * I);
-    C* right_space = scratch.take<C>(most * round_up(J, kPanel));
+    C* right_space = scratch.take<C>(most * (is_few(t.row1 - t.row0) ? round_up(J, kPanel) : J));
     float* sum = in_place ? nullptr : scratch.take<float>(I * J);
     C* part = std::is_same_v<C, float> ? reinterpret_cast<C*>(sum) : scratch.take<C>(I * J);
     if (in_place) part = reinterpret_cast<C*>(block);

@@ -114,7 +114,8 @@ inline Int scratch_floats(const Problem& p, const std::vector<Task>& tasks) {
   const Int wide = p.mode == kWidened ? kWidenedArea + std::max(D, F) : 0;
   Int most = D;
   for (const Task& t : tasks) {
-    const Int I = t.i1 - t.i0, J = round_up(t.j1 - t.j0, kPanel), n = round_up(t.row1 - t.row0, kPanel);
+    const Int padding = is_few(t.row1 - t.row0) ? kPanel : 1;
+    const Int I = t.i1 - t.i0, J = round_up(t.j1 - t.j0, padding), n = round_up(t.row1 - t.row0, padding);
     const bool block = t.kind == kUpGrad || t.kind == kDownGrad;
     if (t.kind != kZeroGrad)
       most = std::max(most, block ? std::min(kGradRows, n) * (I + J) + (p.mode == kSingle ? 0 : 2 * I * J) : n * (D + H + F) + F + wide);
