@@ -43,6 +43,10 @@ class CheckpointError(HimoeError):
     """A checkpoint that is damaged, foreign, or does not fit the model."""
 
 
+class KernelError(HimoeError):
+    """A kernel that could not finish its work."""
+
+
 class MissingExtraError(HimoeError):
     """An optional dependency that is not installed; names the extra that brings it."""
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from himoe.errors import KernelError
 from himoe.functional.dispatch import SortedPairs
 from himoe.kernels import large_pages, loop, native_build
 from himoe.kernels.activation import ACTIVATIONS
@@ -81,7 +82,7 @@ def _load() -> _Kernel | str:
         return str(error)
     for function in (library.himoe_scratch, library.himoe_run):
         function.argtypes = [ctypes.POINTER(_Problem), ctypes.c_int64]
-    library.himoe_scratch.restype, library.himoe_run.restype = ctypes.c_int64, None
+    library.himoe_scratch.restype = library.himoe_run.restype = ctypes.c_int64
     return _Kernel(library, path, single_gemm, _symbol("MKL_Set_Num_Threads_Local"))
 
 
@@ -184,9 +185,19 @@ def _run(
     for name, tensor in tensors.items():
         setattr(problem, name, None if tensor is None else tensor.data_ptr())
     floats = kernel.library.himoe_scratch(problem, backward)
+    if floats < 0:
+        raise _failure(up, down, rows)
     scratch = torch.empty(problem.threads * floats, dtype=torch.float32)
     problem.scratch = scratch.data_ptr()
-    kernel.library.himoe_run(problem, backward)
+    if kernel.library.himoe_run(problem, backward):
+        raise _failure(up, down, rows)
+
+
+def _failure(up: Tensor, down: Tensor, rows: SortedPairs) -> KernelError:
+    return KernelError(
+        f"expert_mlp: backend native ran out of memory or failed with up_proj {tuple(up.shape)}, down_proj "
+        f"{tuple(down.shape)} and {rows.pair_of_row.numel()} pairs; give it fewer tokens at a time, or take loop"
+    )
 
 
 def forward(
@@ -199,8 +210,8 @@ def forward(
     y = large_pages.empty(*x.shape, like=x)
     hidden = large_pages.empty(num_pairs, up_proj.shape[1], like=x)
     out = large_pages.empty(num_pairs, x.shape[1], like=x)
-    up, down = up_proj.contiguous(), down_proj.contiguous()
-    _run(False, weights, rows, activation, (False,) * 4, x=x, up=up, down=down, hidden=hidden, out=out, y=y)
+    needs = (False,) * 4
+    _run(False, weights, rows, activation, needs, x=x, up=up_proj, down=down_proj, hidden=hidden, out=out, y=y)
     return y, hidden
 
 
@@ -221,7 +232,6 @@ def backward(
     need_x, need_weights, need_up, need_down = needs
     num_pairs, units = rows.pair_of_row.numel(), down_proj.shape[2]
     group_rows, working_rows = _group_rows(rows)
-    up, down = up_proj.contiguous(), down_proj.contiguous()
 
     def space(needed: bool, *shape: int, like: Tensor = x) -> Tensor | None:
         return large_pages.empty(*shape, like=like) if needed else None
@@ -229,10 +239,10 @@ def backward(
     per_pair = weights.new_empty(0, dtype=torch.float32)
     d_x = space(need_x, *x.shape)
     d_weights = space(need_weights, *weights.shape, like=per_pair)
-    d_up, d_down = space(need_up, *up.shape), space(need_down, *down.shape)
+    d_up, d_down = space(need_up, *up_proj.shape), space(need_down, *down_proj.shape)
     _run(
-        True, weights, rows, activation, needs, group_rows, x=x, grad=grad, hidden=hidden, up=up, down=down, y=d_x,
-        d_weights=d_weights, d_up=d_up, d_down=d_down, out=space(need_x, num_pairs, x.shape[1]),
+        True, weights, rows, activation, needs, group_rows, x=x, grad=grad, hidden=hidden, up=up_proj,
+        down=down_proj, y=d_x, d_weights=d_weights, d_up=d_up, d_down=d_down, out=space(need_x, num_pairs, x.shape[1]),
         unit=space(need_down, working_rows, units), d_hidden=space(need_up, working_rows, hidden.shape[1]),
         d_weight_of_row=space(need_weights, num_pairs, like=per_pair),
     )  # fmt: skip

@@ -2,8 +2,9 @@
 
 The main source includes nothing of torch, so the compiler takes some seconds. A library is kept in
 `$XDG_CACHE_HOME/himoe` (default `~/.cache/himoe`) under a name that hashes the source, the compiler and its version,
-the flags, torch's version and the processor (`-march=native`). It is compiled beside its final name and renamed, so
-that processes which build at once leave one whole file.
+the flags, torch's version and the processor (`-march=native`), and last the library itself: one that is damaged does
+not fit its name and is built again. It is compiled beside its final name and renamed, so that processes which build
+at once leave one whole file. Only what this user or root owns is loaded, for loading it runs it.
 """
 
 import hashlib
@@ -45,21 +46,31 @@ def library_path(name: str, flags: tuple[str, ...] = FLAGS) -> Path:
     """Return the library compiled from `csrc/NAME.cpp`, building it when the cache has none. Raises BuildError."""
     compiler = find_compiler()
     command = [compiler, str(SOURCE / f"{name}.cpp"), *flags]  # sources before libraries, as linkers want it
-    key = _key(command)
+    key = f"{name}-{_key(command)}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "himoe"  # noqa: PTH111
-    path = cache / f"{name}-{key}.so"
-    if path.exists():
-        return path
     try:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _trusted(cache):
+            raise BuildError(f"{cache} belongs to another user; set XDG_CACHE_HOME to a folder of your own")
+        for path in sorted(cache.glob(f"{key}-*.so")):
+            if _trusted(path) and path.name == f"{key}-{_digest(path)}.so":
+                return path
+            path.unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            built = _compile(command, Path(folder) / path.name)
+            built = _compile(command, Path(folder) / f"{name}.so")
             with built.open("rb") as file:
                 os.fsync(file.fileno())  # or a crash could leave half a library under the final name
-            built.replace(path)
+            return built.replace(cache / f"{key}-{_digest(built)}.so")
     except OSError as error:
         raise BuildError(f"cannot write {cache}: {error.strerror or error}") from error
-    return path
+
+
+def _trusted(path: Path) -> bool:
+    return not hasattr(os, "getuid") or path.stat().st_uid in (0, os.getuid())
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _compile(command: list[str], built: Path) -> Path:

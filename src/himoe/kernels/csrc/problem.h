@@ -11,6 +11,8 @@ using SingleGemm = void(const char*, const char*, const int*, const int*, const 
 using HalfGemm = void(Int transpose_a, Int transpose_b, Int m, Int n, Int k, const void* a, Int lda, const void* b,
                       Int ldb, void* c, Int ldc);
 
+inline Int round_up(Int a, Int b) { return (a + b - 1) / b * b; }
+
 enum Mode : Int { kSingle, kWidened, kHalf };
 
 struct Problem {
