@@ -39,6 +39,10 @@ class RunFolderError(HimoeError):
     """A run folder that exists already, is missing, or lacks a file."""
 
 
+class RunInUseError(RunFolderError):
+    """A run folder that another process writes to right now."""
+
+
 class CheckpointError(HimoeError):
     """A checkpoint that is damaged, foreign, or does not fit the model."""
 

@@ -23,7 +23,7 @@ from himoe.train.alarms import diverged_in_evaluation
 from himoe.train.best import Best
 from himoe.train.checkpoint import newest_whole
 from himoe.train.environment import describe_data, describe_environment, kernels, new_id, now
-from himoe.train.fit import fit
+from himoe.train.fit import Prune, fit
 from himoe.train.journal import Journal, describe_evaluation
 from himoe.train.loop import DivergedError, Trainer
 from himoe.train.lr_finder import RangeTest, find_learning_rate
@@ -45,6 +45,7 @@ def train(
     profile: bool = False,
     command: list[str] | None = None,
     console: Console | None = None,
+    prune: Prune | None = None,
 ) -> dict[str, Any]:
     """Train as `config` says, fill the run folder `out`, and return what summary.json holds.
 
@@ -56,6 +57,7 @@ def train(
         profile: record a few steps in `out/profile`.
         command: what was typed, for env.json.
         console: where progress goes; standard error when None.
+        prune: asked with step and result after every evaluation during training whether the run ends here, saved.
 
     Raises HimoeError for whatever a user can mend. The status "interrupted" in the result means that Ctrl-C or SIGTERM
     ended the run at a checkpoint; docs/run-folder.md has the others.
@@ -79,7 +81,7 @@ def train(
         run_folder.clear_partial_files(out)
         if not resume:
             run_folder.clear_run_folder(out)
-        return run.go(env, profile=profile)
+        return run.go(env, profile=profile, prune=prune)
 
 
 def range_test(config: Config, *, console: Console | None = None) -> RangeTest:
@@ -146,7 +148,7 @@ class _Run:
             "baselines": ngram_baselines(self.corpus),
         }
 
-    def go(self, env: dict[str, Any], *, profile: bool) -> dict[str, Any]:
+    def go(self, env: dict[str, Any], *, profile: bool, prune: Prune | None = None) -> dict[str, Any]:
         write_json(self.out / "config.json", self.config.model_dump(mode="json"))
         write_json(self.out / "env.json", env)
         if not self.trainer.steps_done:
@@ -154,7 +156,7 @@ class _Run:
         rewind_logs(self.out, self.trainer.steps_done)
         journal = self._journal(env)
         try:
-            status = self._fit(journal, profile=profile)
+            status = self._fit(journal, profile=profile, prune=prune)
             if status in run_folder.COMPLETE:
                 _say(self.console, "evaluating on all held-out text")
                 result = self._evaluate(None)
@@ -182,7 +184,7 @@ class _Run:
             writers = open_writers(names, identity, warn=lambda text: _say(self.console, f"warning: {text}"))
         return Journal(self.out, self.trainer, seconds_before=self.seconds_before, writers=writers)
 
-    def _fit(self, journal: Journal, *, profile: bool) -> str:
+    def _fit(self, journal: Journal, *, profile: bool, prune: Prune | None) -> str:
         settings = self.config.train
         with ExitStack() as stack:
             progress = TrainingProgress(self.console, steps=settings.steps, done=self.trainer.steps_done)
@@ -202,6 +204,7 @@ class _Run:
                 keep_best=settings.keep_best,
                 early_stop=settings.early_stop,
                 stop_on_alarm=settings.stop_on_alarm,
+                prune=prune,
                 on_step=(lambda: _show(recording.on_step(), progress)) if recording else lambda: None,
             )
         if recording and not recording.complete:

@@ -9,10 +9,11 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from himoe.errors import RunFolderError, nearest
+from himoe.errors import RunFolderError, RunInUseError, nearest
 from himoe.files import write_text
 
 try:
@@ -22,11 +23,12 @@ except ImportError:  # Windows
 
 DOCUMENTS = ("config.json", "env.json", "summary.json", "tokenizer.json")
 LOGS = ("metrics.jsonl", "load.jsonl")
-OTHER_FILES = ("report.html",)
+OTHER_FILES = ("report.html", "log.txt", "error.json")
 OTHER_FOLDERS = ("profile", "tensorboard", "wandb", "mlflow")
 CHECKPOINTS = "checkpoints"
 
 FINISHED, STOPPED_EARLY, INTERRUPTED, ALARM = "finished", "stopped early", "interrupted", "stopped by an alarm"
+PRUNED = "pruned"
 """What `status` of summary.json may be."""
 COMPLETE = (FINISHED, STOPPED_EARLY)
 """Those of runs that came to their end."""
@@ -51,14 +53,20 @@ def check_run_folder(out: Path, *, resume: bool = False, force: bool = False) ->
         raise RunFolderError(f"{out} already holds a run; continue it with --resume, replace it with --force")
 
 
+_held: ContextVar[frozenset[Path]] = ContextVar("_held", default=frozenset())
+"""Folders that the running code holds, so that who has locked one may call what locks it too."""
+
+
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Keep every other process from writing to the folder `out`, where the system can; writes nothing itself.
 
-    The lock is the system's, on the folder: it ends with the process, however that ends.
-    Raises RunFolderError while another process holds it.
+    The lock is the system's, on the folder: it ends with the process, however that ends. A block within a block of the
+    same folder changes nothing.
+    Raises RunInUseError while another process holds it.
     """
-    if fcntl is None:
+    place = out.resolve()
+    if fcntl is None or place in _held.get():
         yield
         return
     descriptor = os.open(out, os.O_RDONLY)
@@ -66,12 +74,16 @@ def locked(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunFolderError(
+            raise RunInUseError(
                 f"{out} is in use by another process; wait until that ends, or choose another folder with --out"
             ) from None
         except OSError:  # a disk that knows no locks, such as some network drives
             pass
-        yield
+        token = _held.set(_held.get() | {place})
+        try:
+            yield
+        finally:
+            _held.reset(token)
     finally:
         os.close(descriptor)
 

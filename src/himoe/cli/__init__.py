@@ -24,6 +24,7 @@ from himoe.cli.plan import Plan
 from himoe.cli.prepare import Prepare
 from himoe.cli.recommend import Recommend
 from himoe.cli.report import Report
+from himoe.cli.sweep import SWEEP_VERBS, Sweep
 from himoe.cli.train import Train
 from himoe.errors import ConfigError, HimoeError, HimoeWarning, nearest
 
@@ -34,6 +35,7 @@ VERBS = {
     "generate": Generate,
     "report": Report,
     "plan": Plan,
+    "sweep": Sweep,
     "analyze": Analyze,
     "recommend": Recommend,
     "check": Check,
@@ -65,7 +67,7 @@ version."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run one command and return its exit status: 0, 1 where runs failed, 2 for bad input, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Waiting threads soon sleep instead of spinning on: spinning makes a machine that other work shares crawl.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -106,6 +108,8 @@ def _dispatch(arguments: list[str]) -> int:
     if verb not in VERBS:
         raise ConfigError(f"no verb {verb!r}; known: {', '.join(VERBS)}{nearest(verb, list(VERBS))}")
     kind, prog = VERBS[verb], f"himoe {verb}"
+    if verb == "sweep" and rest and rest[0] in SWEEP_VERBS:
+        kind, prog, rest = SWEEP_VERBS[rest[0]], f"{prog} {rest[0]}", rest[1:]
     if verb == "bench" and rest and not rest[0].startswith("-"):
         if rest[0] not in BENCH_VERBS:
             known = ", ".join(BENCH_VERBS)

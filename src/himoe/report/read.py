@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from himoe.run_folder import ALARM, INTERRUPTED, STOPPED_EARLY, read_json
+from himoe.run_folder import ALARM, INTERRUPTED, PRUNED, STOPPED_EARLY, read_json
 
 
 def number(value: Any) -> float | None:
@@ -32,6 +32,7 @@ def table(value: Any) -> dict[str, Any]:
 NOTES = {
     INTERRUPTED: "This run was interrupted: the numbers are those at its last step.",
     ALARM: "An alarm stopped this run: the numbers are those at its last step.",
+    PRUNED: "Its sweep ended this run early, behind others: the numbers are those at its last step.",
     STOPPED_EARLY: "This run ended before its last step, because its evaluations no longer became better.",
 }
 

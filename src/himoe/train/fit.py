@@ -7,12 +7,15 @@ checkpoint knows the evaluation of its own step.
 from collections.abc import Callable
 from typing import Any
 
-from himoe.run_folder import ALARM, FINISHED, INTERRUPTED, STOPPED_EARLY
+from himoe.run_folder import ALARM, FINISHED, INTERRUPTED, PRUNED, STOPPED_EARLY
 from himoe.train.best import Best
 from himoe.train.interrupt import StopRequest
 from himoe.train.journal import Journal, describe_evaluation
 from himoe.train.loop import Trainer
 from himoe.train.progress import TrainingProgress
+
+Prune = Callable[[int, dict[str, Any]], bool]
+"""Asked with step and result after an evaluation whether the run ends here."""
 
 
 def fit(
@@ -30,19 +33,21 @@ def fit(
     keep_best: bool = True,
     early_stop: int | None = None,
     stop_on_alarm: bool = False,
+    prune: Prune | None = None,
     on_step: Callable[[], object] = lambda: None,
 ) -> str:
     """Train up to `steps`, or until something ends it earlier; the last step is always saved. Return the status.
 
     "finished"; "stopped early", after `early_stop` evaluations in a row without a new best one; "interrupted", by
-    Ctrl-C or SIGTERM; "stopped by an alarm". The last step is evaluated like the others, since it may be the best, but
-    without a line in the log: the caller writes one over all held-out text. `on_step` is called after every step.
+    Ctrl-C or SIGTERM; "stopped by an alarm"; "pruned", where `prune` says so after an evaluation. The last step is
+    evaluated like the others, since it may be the best, but without a line in the log: the caller writes one over all
+    held-out text. `on_step` is called after every step.
 
     Raises DivergedError when loss or gradient are not finite.
     """
-    saved, alarm = trainer.steps_done or None, False  # a resumed run stands at its checkpoint
+    saved, alarm, pruned = trainer.steps_done or None, False, False  # a resumed run stands at its checkpoint
     with StopRequest() as stop:
-        while not (trainer.steps_done >= steps or best.ends_training(early_stop) or stop.requested or alarm):
+        while not (trainer.steps_done >= steps or best.ends_training(early_stop) or stop.requested or alarm or pruned):
             last, logged = trainer.steps_done + 1 == steps, (trainer.steps_done + 1) % log_every == 0
             trainer.step(measure=logged or last)
             on_step()
@@ -57,7 +62,8 @@ def fit(
                 if not last:
                     journal.evaluation_line(result)
                     progress.say(f"step {step}: {describe_evaluation(result)}")
-            ends = last or stop.requested or alarm or best.ends_training(early_stop)
+                    pruned = prune is not None and prune(step, result)
+            ends = last or stop.requested or alarm or pruned or best.ends_training(early_stop)
             if step % checkpoint_every == 0 or improved or ends:
                 save()
                 saved = step
@@ -67,6 +73,8 @@ def fit(
         return INTERRUPTED
     if trainer.steps_done >= steps:
         return FINISHED
+    if pruned:
+        return PRUNED
     return ALARM if alarm else STOPPED_EARLY
 
 

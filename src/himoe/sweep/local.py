@@ -1,0 +1,159 @@
+"""Worker processes on this machine, each warm and pinned to cores of its own.
+
+A worker is a fresh interpreter that is spoken to through its standard input and output. Their ends close with the
+driver, however it ends, and with that every worker ends by itself.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import IO, Any
+
+from himoe.errors import HimoeError
+from himoe.sweep.execution import TRAIN, Outcome, Task
+from himoe.sweep.status import FAILED
+
+FRUITLESS_STARTS = 3
+"""Workers in a row that end before they are ready: then something is wrong that another one will not mend."""
+OUT_OF_MEMORY = "perhaps for lack of memory: give fewer --workers, or make the model smaller"
+
+
+class Workers:
+    """A pool of processes.
+
+    Args:
+        number: of workers.
+        cores: those to use; workers share them where there are not enough.
+        each: cores of a worker.
+        runner: what the tasks will run, loaded once.
+    """
+
+    def __init__(self, number: int, cores: list[int], each: int = 1, runner: str = TRAIN) -> None:
+        self._events: SimpleQueue[tuple[_Worker, dict[str, Any] | None]] = SimpleQueue()
+        each = min(each, len(cores))
+        parts = [[cores[(i * each + j) % len(cores)] for j in range(each)] for i in range(number)]
+        self._runner, self._fruitless = runner, 0
+        self._workers = [_Worker(part, runner, self._events) for part in parts]
+
+    def room(self) -> int:
+        """Return how many workers have no task."""
+        return sum(worker.task is None for worker in self._workers)
+
+    def submit(self, task: Task) -> None:
+        """Give a task to a worker that has none."""
+        next(worker for worker in self._workers if worker.task is None).start(task)
+
+    def next(self, timeout: float) -> Outcome | None:
+        """Return the next outcome, None when there was none; see `Pool`."""
+        try:
+            worker, message = self._events.get(timeout=timeout)
+        except Empty:
+            return None
+        if message is None:
+            return self._replace(worker)
+        self._fruitless = 0
+        if "ready" in message:
+            return None
+        worker.task = None
+        return Outcome(**message)
+
+    def _replace(self, worker: "_Worker") -> Outcome | None:
+        """Put a new worker in the place of one that has ended, and return the outcome of its task, if it had one."""
+        self._fruitless += not worker.ready
+        if self._fruitless >= FRUITLESS_STARTS:
+            raise HimoeError(f"workers end before they are ready: {worker.last_words()}")
+        new = _Worker(worker.cores, self._runner, self._events)
+        self._workers[self._workers.index(worker)] = new
+        if worker.task is None:
+            return None
+        return Outcome(worker.task.id, FAILED, worker.cause())
+
+    def end(self) -> None:
+        """Close what workers read: they save and end."""
+        for worker in self._workers:
+            worker.release()
+        for worker in self._workers:
+            worker.process.wait()
+
+    def kill(self) -> None:
+        """End all workers at once."""
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.wait()
+
+
+class _Worker:
+    """One process, and the thread that hands on what it says; None stands for its end."""
+
+    def __init__(
+        self, cores: list[int], runner: str, events: "SimpleQueue[tuple[_Worker, dict[str, Any] | None]]"
+    ) -> None:
+        self.cores, self.task, self.ready = cores, None, False
+        self._events, self._errors = events, tempfile.TemporaryFile()  # noqa: SIM115 - as long as the worker
+        environment = {
+            "OMP_NUM_THREADS": str(len(cores)),
+            "GOMP_SPINCOUNT": "1000",
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "himoe.sweep.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=environment,
+            process_group=0 if os.name == "posix" else None,  # so that Ctrl-C at the terminal meets the driver alone
+            text=True,
+        )
+        self._say({"cores": cores, "runner": runner})
+        Thread(target=self._listen, daemon=True).start()
+
+    task: Task | None
+
+    def start(self, task: Task) -> None:
+        self.task = task
+        self._say(task.as_dict())
+
+    def _say(self, message: dict[str, Any]) -> None:
+        assert self.process.stdin is not None
+        with suppress(OSError):  # it has ended, which its standard output tells too
+            self.process.stdin.write(json.dumps(message) + "\n")
+            self.process.stdin.flush()
+
+    def _listen(self) -> None:
+        stream: IO[str] | None = self.process.stdout
+        assert stream is not None
+        for line in stream:
+            message = json.loads(line)
+            self.ready = True
+            self._events.put((self, message))
+        self.process.wait()
+        self._events.put((self, None))
+
+    def release(self) -> None:
+        """Close its standard input: it saves and ends."""
+        assert self.process.stdin is not None
+        with suppress(OSError):
+            self.process.stdin.close()
+
+    def cause(self) -> str:
+        """Return why the process has ended, in one line."""
+        code = self.process.wait()
+        if code >= 0:
+            return f"its worker ended with exit status {code}: {self.last_words()}"
+        name = signal.Signals(-code).name
+        hint = f", {OUT_OF_MEMORY}" if name == "SIGKILL" else ""
+        return f"its worker was ended by {name}{hint}"
+
+    def last_words(self) -> str:
+        """Return the last line of what the process printed outside its runs."""
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "no message")

@@ -1,0 +1,91 @@
+"""What a person sees of a sweep: a live bar on a terminal, now and then a plain line anywhere else."""
+
+from time import monotonic
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+PLAIN_SECONDS = 30.0
+"""Least time between two plain lines."""
+
+
+class SweepProgress:
+    """Counts runs that are done, failed, running and left, and says how long the rest will take.
+
+    Args:
+        console: where to write; a terminal gets a live bar.
+        total: runs of the sweep.
+        done: those that had ended before.
+    """
+
+    def __init__(self, console: Console, *, total: int, done: int) -> None:
+        self._console, self._total, self._before = console, total, done
+        self._done = self._failed = self._running = self._elsewhere = 0
+        self._started, self._last_plain = monotonic(), monotonic()
+        self._bar = None
+        if console.is_terminal:
+            self._bar = Progress(BarColumn(), TextColumn("{task.description}"), console=console, refresh_per_second=2)
+            self._task = self._bar.add_task("starting", total=total, completed=done)
+
+    def __enter__(self) -> Self:
+        if self._before:
+            self.say(f"{self._before} of {self._total} runs have ended before")
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+        elif kind is None:
+            self.say(self.describe())
+
+    def show(self, *, running: int, elsewhere: int) -> None:
+        """Take note of how many runs go on, here and in other processes."""
+        self._running, self._elsewhere = running, elsewhere
+        if self._bar:
+            self._bar.update(self._task, description=self.describe(), completed=self._ended)
+        elif monotonic() - self._last_plain >= PLAIN_SECONDS:
+            self._last_plain = monotonic()
+            self.say(self.describe())
+
+    def done(self) -> None:
+        """Take note of a run that has ended."""
+        self._done += 1
+
+    def failed(self, name: str, error: str) -> None:
+        """Take note of a run that will not be tried again."""
+        self._failed += 1
+        self.say(f"failed: {name}: {error}")
+
+    @property
+    def _ended(self) -> int:
+        return self._before + self._done + self._failed
+
+    def describe(self) -> str:
+        """Return the numbers and the time left as text."""
+        left = self._total - self._ended - self._running - self._elsewhere
+        parts = [f"{self._before + self._done} done"]
+        parts += [f"{self._failed} failed"] if self._failed else []
+        parts += [f"{self._running} running"] if self._running else []
+        parts += [f"{self._elsewhere} in use by another sweep"] if self._elsewhere else []
+        parts += [f"{left} left"] if left else []
+        if (ended := self._done + self._failed) and (open_ := self._total - self._ended):
+            seconds = (monotonic() - self._started) / ended * open_
+            parts.append(f"about {_time(seconds)} to go")
+        return " · ".join(parts)
+
+    def say(self, text: str) -> None:
+        """Print one line above the bar."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _time(seconds: float) -> str:
+    minutes, hours = int(seconds) // 60, int(seconds) // 3600
+    if hours:
+        return f"{hours} h {minutes % 60} min"
+    return f"{minutes} min" if minutes >= 2 else f"{int(seconds)} s"
