@@ -47,6 +47,8 @@ class SweepResult:
     runs: list[Run]
     status: dict[str, str]
     errors: dict[str, str] = field(default_factory=dict)
+    outcomes: list[Outcome] = field(default_factory=list)
+    """What was done now, in the order in which it ended, failed tries too."""
 
     @property
     def counts(self) -> Counter[str]:
@@ -93,22 +95,22 @@ def run_sweep(
     halving = _halving(early_stop, runs, out)
     options = options or EngineOptions()
     threads = options.threads_of(engine, workers)
-    if runner == TRAIN:
-        check_runs(runs, console)
     for run in runs:
         check_is_the_same(out / RUNS / run.id, run.config)
+    open_runs = [run for run in runs if status_of(out / RUNS / run.id) not in ENDED]
+    if open_runs and runner == TRAIN:
+        check_runs(open_runs, console)
     (out / RUNS).mkdir(parents=True, exist_ok=True)
-    tasks = [_task(run, out, runner, halving, threads) for run in runs]
-    todo = [task for task in tasks if status_of(Path(task.folder)) not in ENDED]
+    todo = [_task(run, out, runner, halving, threads) for run in open_runs]
     driver = _Driver(table, todo, retries, {run.id: run.name for run in runs})
     if todo:
         pool = open_pool(engine, min(workers, len(todo)), threads, out, runner, options)
-        with SweepProgress(console, total=len(tasks), done=len(tasks) - len(todo)) as progress:
+        with SweepProgress(console, total=len(runs), done=len(runs) - len(todo)) as progress:
             driver.drive(pool, progress)
     table.refresh()
     table.write()
     status = {run.id: status_of(out / RUNS / run.id) or RUNNING for run in runs}
-    return SweepResult(out, runs, status, {id: driver.errors[id] for id in status if id in driver.errors})
+    return SweepResult(out, runs, status, driver.errors, driver.outcomes)
 
 
 def _task(run: Run, out: Path, runner: str, halving: Halving | None, threads: int) -> Task:
@@ -150,6 +152,7 @@ class _Driver:
         self._failures: Counter[str] = Counter()
         self._written = 0.0
         self.errors: dict[str, str] = {}
+        self.outcomes: list[Outcome] = []
 
     def drive(self, pool: Pool, progress: SweepProgress) -> None:
         try:
@@ -182,6 +185,7 @@ class _Driver:
     def _take(self, outcome: Outcome, progress: SweepProgress) -> None:
         id = outcome.id
         self._running.discard(id)
+        self.outcomes.append(outcome)
         if outcome.status == IN_USE:
             self._elsewhere[id] = time.monotonic() + WAIT_SECONDS
         elif outcome.status == FAILED:

@@ -5,7 +5,6 @@ A run that reaches rung k, at `first · factor^k` steps, goes on if its validati
 is nothing to keep, to lose, or to send between workers.
 """
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,21 +43,22 @@ class Halving:
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=self.first, reduction_factor=self.factor)
         done = optuna.trial.TrialState.COMPLETE
         for other in self.ids:
-            values = evaluations(Path(self.runs) / other)
-            rungs = self._rungs(values, before=step if other == run else math.inf)
-            if other != run and rungs:
+            if other != run and (rungs := self._rungs(evaluations(Path(self.runs) / other))):
                 study.add_trial(optuna.trial.create_trial(state=done, value=0.0, system_attrs=rungs))
-            elif other == run:
-                mine = rungs
-        running = optuna.trial.TrialState.RUNNING
-        study.add_trial(optuna.trial.create_trial(state=running, intermediate_values={step: loss}, system_attrs=mine))
+        before = {at: value for at, value in evaluations(Path(self.runs) / run).items() if at < step}
+        running = optuna.trial.create_trial(
+            state=optuna.trial.TrialState.RUNNING,
+            intermediate_values={step: loss},
+            system_attrs=self._rungs(before),
+        )
+        study.add_trial(running)
         return pruner.prune(study, study.trials[-1])
 
-    def _rungs(self, values: dict[int, float], *, before: float) -> dict[str, float]:
+    def _rungs(self, values: dict[int, float]) -> dict[str, float]:
         """Return the value at every rung, the first at or after its step, in the words of Optuna's pruner."""
         rungs: dict[str, float] = {}
         for step, value in sorted(values.items()):
-            while step < before and step >= self.first * self.factor ** len(rungs):
+            while step >= self.first * self.factor ** len(rungs):
                 rungs[f"completed_rung_{len(rungs)}"] = value
         return rungs
 

@@ -57,11 +57,11 @@ def open_pool(engine: str, workers: int, threads: int, out: Path, runner: str, o
     if engine == "ray":
         from himoe.sweep.on_ray import RayActors
 
-        return RayActors(workers, options, runner)
+        return RayActors(workers, threads, options, runner)
     if engine == "slurm":
         from himoe.sweep.on_slurm import SlurmJobs
 
-        return SlurmJobs(workers, out / "slurm", options)
+        return SlurmJobs(workers, threads, out.absolute() / "slurm", options)
     from himoe.sweep.local import Workers
 
     return Workers(workers, available_cores(), threads, runner)

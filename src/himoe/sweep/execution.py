@@ -8,6 +8,7 @@ import gc
 import importlib
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -62,12 +63,16 @@ class Outcome:
         status: of its folder now, or `IN_USE`.
         error: one line, of a failed run.
         hopeless: whether trying again would fail in the same way.
+        began: when, in seconds since 1970.
+        seconds: that it took.
     """
 
     id: str
     status: str
     error: str = ""
     hopeless: bool = False
+    began: float = 0.0
+    seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Return it for JSON."""
@@ -87,7 +92,7 @@ def execute(task: Task, *, own_process: bool = False) -> Outcome:
         task: what to do.
         own_process: whether all that this process prints belongs to the run, that of libraries in C too.
     """
-    folder = Path(task.folder)
+    began, folder = time.time(), Path(task.folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with run_folder.locked(folder):
@@ -95,13 +100,11 @@ def execute(task: Task, *, own_process: bool = False) -> Outcome:
                 return Outcome(task.id, str(status))
             with _printing_to(folder / LOG, own_process=own_process):
                 error, hopeless = _attempt(task, folder)
-            if error:
-                return Outcome(task.id, FAILED, error, hopeless)
-            return Outcome(task.id, status_of(folder) or RUNNING)
+            status = FAILED if error else status_of(folder) or RUNNING
     except RunInUseError:
         return Outcome(task.id, IN_USE)
-    finally:
-        gc.collect()  # models hold themselves by cycles: the next run needs their memory
+    gc.collect()  # models hold themselves by cycles: the next run needs their memory
+    return Outcome(task.id, status, error, hopeless, began, time.time() - began)
 
 
 def _attempt(task: Task, folder: Path) -> tuple[str, bool]:
@@ -163,6 +166,7 @@ def _printing_to(path: Path, *, own_process: bool) -> Iterator[None]:
 
 
 def _put_back(before: int, number: int) -> None:
-    sys.stdout.flush(), sys.stderr.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os.dup2(before, number)
     os.close(before)

@@ -94,7 +94,8 @@ class Spec(BaseModel):
                     raise ConfigError(f"{place} {key} stands in {places[key]} too; say it once")
                 places[key] = place
         for one in self.zip:
-            if lengths := {key: len(values) for key, values in one.items()} and len(set(lengths.values())) > 1:
+            lengths = {key: len(values) for key, values in one.items()}
+            if len(set(lengths.values())) > 1:
                 told = ", ".join(f"{key} has {number}" for key, number in lengths.items())
                 raise ConfigError(f"[[zip]] axes move together and must be equally long: {told}")
         if self.family and (clash := [key for key in FAMILY_KEYS if key in places]):

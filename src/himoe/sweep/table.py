@@ -126,7 +126,8 @@ def _varied(facts: Iterable[Facts]) -> list[str]:
     facts = list(facts)
     for key in dict.fromkeys(key for one in facts for key in one.keys):
         seen[key] = {json.dumps(one.keys.get(key), sort_keys=True) for one in facts}
-    return [key for key, values in seen.items() if len(values) > 1]
+    found = [key for key, values in seen.items() if len(values) > 1]
+    return sorted(found, key=lambda key: key == "seed")  # which comes last
 
 
 def _column(pa: Any, values: list[Any]) -> Any:
