@@ -45,6 +45,7 @@ def train(
     profile: bool = False,
     command: list[str] | None = None,
     console: Console | None = None,
+    report: bool = True,
     prune: Prune | None = None,
 ) -> dict[str, Any]:
     """Train as `config` says, fill the run folder `out`, and return what summary.json holds.
@@ -57,6 +58,7 @@ def train(
         profile: record a few steps in `out/profile`.
         command: what was typed, for env.json.
         console: where progress goes; standard error when None.
+        report: write report.html at the end.
         prune: asked with step and result after every evaluation during training whether the run ends here, saved.
 
     Raises HimoeError for whatever a user can mend. The status "interrupted" in the result means that Ctrl-C or SIGTERM
@@ -81,7 +83,7 @@ def train(
         run_folder.clear_partial_files(out)
         if not resume:
             run_folder.clear_run_folder(out)
-        return run.go(env, profile=profile, prune=prune)
+        return run.go(env, profile=profile, report=report, prune=prune)
 
 
 def range_test(config: Config, *, console: Console | None = None) -> RangeTest:
@@ -148,7 +150,7 @@ class _Run:
             "baselines": ngram_baselines(self.corpus),
         }
 
-    def go(self, env: dict[str, Any], *, profile: bool, prune: Prune | None = None) -> dict[str, Any]:
+    def go(self, env: dict[str, Any], *, profile: bool, report: bool, prune: Prune | None) -> dict[str, Any]:
         write_json(self.out / "config.json", self.config.model_dump(mode="json"))
         write_json(self.out / "env.json", env)
         if not self.trainer.steps_done:
@@ -171,7 +173,8 @@ class _Run:
         summary["domains"] = with_baselines(summary["domains"], env["baselines"], held_out(self.corpus))
         summary["parameters"] = env["parameters"]
         write_json(self.out / "summary.json", summary)
-        self._report()
+        if report:
+            self._report()
         if status not in run_folder.COMPLETE:
             _say(self.console, f"{status} and saved at step {summary['step']}; go on with --resume --out {self.out}")
         return summary

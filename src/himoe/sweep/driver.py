@@ -107,8 +107,7 @@ def run_sweep(
         pool = open_pool(engine, min(workers, len(todo)), threads, out, runner, options)
         with SweepProgress(console, total=len(runs), done=len(runs) - len(todo)) as progress:
             driver.drive(pool, progress)
-    table.refresh()
-    table.write()
+    table.read().write()
     status = {run.id: status_of(out / RUNS / run.id) or RUNNING for run in runs}
     return SweepResult(out, runs, status, driver.errors, driver.outcomes)
 
@@ -216,8 +215,7 @@ class _Driver:
         started = time.monotonic()
         if started < self._written:
             return
-        self._table.refresh()
-        self._table.write()
+        self._table.read().write()
         now = time.monotonic()
         self._written = now + max(5.0, (now - started) / TABLE_SHARE)
 

@@ -14,12 +14,14 @@ import time
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
 from himoe.sweep import EngineOptions, Table, build_table, expand, run_sweep
+from himoe.sweep.execution import Outcome
 from himoe.sweep.status import DONE, status_of
 
 SPEC = """\
@@ -100,7 +102,7 @@ class Endurance:
                 break
             with suppress(subprocess.TimeoutExpired):
                 driver.wait(chance.uniform(*self.every) / 2)
-            if self.engine == "local" and (workers := _children(driver.pid)):
+            if self.engine == "local" and (workers := child_processes(driver.pid)):
                 with suppress(ProcessLookupError):
                     os.kill(chance.choice(workers), signal.SIGKILL)
             with suppress(subprocess.TimeoutExpired):
@@ -121,9 +123,7 @@ class Endurance:
         kept = _tables(out)
         build_table(out)
         same = kept == _tables(out)
-        table = Table(out)
-        table.refresh()
-        ids = table.runs().column("run").to_pylist()
+        ids = Table(out).read().runs().column("run").to_pylist()
         once = sorted(ids) == sorted(wanted) == sorted(found) == sorted(done)
         print(
             f"{kills} kills in {seconds:.0f} s: {len(done)} of {len(wanted)} runs done, each once: {once}; "
@@ -133,39 +133,47 @@ class Endurance:
         return once and same and code == 0 and kills == self.kills
 
     def _overhead(self, address: str | None) -> None:
-        """Measure a sweep of runs of about 5 seconds."""
-        out, console = self.out / "overhead", Console(stderr=True)
-        options = EngineOptions(address=address)
-        steps = 40
-        for name in ("first", "second"):  # the first is for the speed alone
-            spec = self._spec(f"overhead_{name}", steps, self.long_runs)
-            done_before = {run.id for run in expand(spec) if status_of(out / "runs" / run.id) == DONE}
-            started = time.monotonic()
-            result = run_sweep(spec, out, workers=self.workers, engine=self.engine, options=options, console=console)
-            seconds = time.monotonic() - started
-            ran = [run.id for run in result.runs if run.id not in done_before]
-            if not ran:
-                print("overhead: these runs have ended before; give another --out", flush=True)
-                return
-            each = sum(one.seconds for one in result.outcomes) / len(ran)
-            trained = _training_seconds(out, ran) / len(ran)
-            if name == "first":
-                steps = max(steps, round(steps * RUN_SECONDS / max(trained, 0.1)))
-        ends = [one.began + one.seconds for one in result.outcomes]
-        span = max(ends) - min(one.began for one in result.outcomes)
-        idle = span * self.workers / (each * len(ran)) - 1
+        """Measure a sweep of runs of about 5 seconds, whose number of steps one of 40 steps tells."""
+        run = self._sweep("speed", 40, self.workers, address)
+        if run is None:
+            return
+        steps = max(20, round(40 * RUN_SECONDS / max(_training_seconds(self.out / "speed", run), 0.1)))
+        started = time.monotonic()
+        outcomes = self._sweep("overhead", steps, self.long_runs, address)
+        seconds = time.monotonic() - started
+        if outcomes is None:
+            return
+        each = sum(one.seconds for one in outcomes) / len(outcomes)
+        trained = _training_seconds(self.out / "overhead", outcomes)
+        span = max(one.began + one.seconds for one in outcomes) - min(one.began for one in outcomes)
         print(
-            f"{len(ran)} runs of {each:.2f} s, {trained:.2f} s of them training and evaluation, {self.workers} at a "
-            f"time: {seconds:.1f} s in all, {span:.1f} s from the first run's start to the last one's end; "
-            f"workers without a run {idle:.1%} of the time in runs",
+            f"{len(outcomes)} runs of {each:.2f} s, {trained:.2f} s of them training and evaluation, {self.workers} at "
+            f"a time: {seconds:.1f} s in all, {span:.1f} s from the first run's start to the last one's end; "
+            f"workers without a run {span * self.workers / (each * len(outcomes)) - 1:.1%} of the time in runs",
             flush=True,
         )
 
+    def _sweep(self, name: str, steps: int, runs: int, address: str | None) -> list[Outcome] | None:
+        """Do a sweep and return what was done; None where it stood there already."""
+        result = run_sweep(
+            self._spec(name, steps, runs),
+            self.out / name,
+            workers=self.workers,
+            engine=self.engine,
+            options=EngineOptions(address=address),
+            console=Console(stderr=True),
+        )
+        if len(result.outcomes) < len(result.runs):
+            print("overhead: its runs have ended before; give another --out", flush=True)
+            return None
+        return result.outcomes
 
-def _training_seconds(out: Path, ids: list[str]) -> float:
-    table = build_table(out).runs()
-    rows = zip(table.column("run").to_pylist(), table.column("wall_seconds").to_pylist(), strict=True)
-    return sum(seconds for id, seconds in rows if id in ids)
+
+def _training_seconds(out: Path, outcomes: list[Outcome]) -> float:
+    """Return the mean time in training and evaluation."""
+    table = build_table(out).runs().select(["run", "wall_seconds"]).to_pylist()
+    wanted = {one.id for one in outcomes}
+    return fmean(row["wall_seconds"] for row in table if row["run"] in wanted)
 
 
 def _tables(out: Path) -> list[Any]:
@@ -178,7 +186,7 @@ def _done(out: Path) -> int:
     return sum(status_of(folder) == DONE for folder in (out / "runs").glob("*"))
 
 
-def _children(pid: int) -> list[int]:
+def child_processes(pid: int) -> list[int]:
     """Return the processes that a process has started, where the system tells (Linux)."""
     found: list[int] = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):

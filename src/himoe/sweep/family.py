@@ -80,6 +80,7 @@ def _pools(found: list[tuple[int, int, int]]) -> dict[str, Any]:
     return {
         "pools": [{"num_experts": number, "expert_dim": hidden} for number, _, hidden in found],
         "num_experts": ends[-1],
+        "num_groups": len(found),
         "groups": [[*range(*pair)] for pair in itertools.pairwise(ends)],
         "top_k_per_group": [top_k for _, top_k, _ in found],
         "top_k": sum(top_k for _, top_k, _ in found),

@@ -7,7 +7,7 @@ the same files.
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from himoe.errors import MissingExtraError, RunFolderError
 from himoe.files import replacing
@@ -41,8 +41,8 @@ class Table:
         self.out, self._arrow = Path(out), import_pyarrow()
         self._read: dict[str, tuple[tuple[Any, ...], Facts]] = {}
 
-    def refresh(self) -> None:
-        """Read what has changed."""
+    def read(self) -> Self:
+        """Read what has changed since the last time, and return the table."""
         found: dict[str, tuple[tuple[Any, ...], Facts]] = {}
         for folder in sorted(filter(is_run_folder, (self.out / "runs").glob("*"))):
             stamp = tuple(map(_stamp, (folder / name for name in FILES)))
@@ -52,6 +52,7 @@ class Table:
             elif (facts := read_facts(folder)) is not None:
                 found[folder.name] = (stamp, facts)
         self._read = found
+        return self
 
     def runs(self) -> Any:
         """Return the table `runs`, sorted by run."""
@@ -94,8 +95,7 @@ def build_table(out: Path) -> Table:
     """
     if not (Path(out) / "runs").is_dir():
         raise RunFolderError(f"{out} holds no sweep: there is no folder {Path(out) / 'runs'}")
-    table = Table(out)
-    table.refresh()
+    table = Table(out).read()
     table.write()
     return table
 
