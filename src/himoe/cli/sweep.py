@@ -63,7 +63,7 @@ class Sweep(Verb):
     engine: Annotated[str, option("local|ray|slurm")] = "local"
     """Where runs go: processes on this machine, actors on Ray, or jobs of Slurm. Without it: local."""
     early_stop: Annotated[str | None, option("asha")] = None
-    """End runs early whose validation cross-entropy is behind that of others at the same step."""
+    """End runs early whose validation cross-entropy is behind that of others at the same step. Without it: no run."""
     retries: Annotated[int, option("N")] = 1
     """How often a failed run is tried again. Without it: 1."""
     cpus_per_run: Annotated[int | None, option("N")] = None
@@ -71,9 +71,10 @@ class Sweep(Verb):
     gpus_per_run: Annotated[float, option("N")] = 0.0
     """GPUs of a run, on Ray also a part of one, as in 0.25. Without it: 0."""
     address: Annotated[str | None, option("ADDRESS")] = None
-    """Of an existing Ray cluster, or auto. Without it: one is started on this machine."""
+    """Of an existing Ray cluster, or auto to find it. Without it: one is started on this machine."""
     slurm: Annotated[UseAppendAction[tuple[str, ...]], option("KEY=VALUE")] = ()
-    """What Slurm is told, in submitit's words, as in slurm_partition=gpu or timeout_min=60; may be given often."""
+    """What Slurm is told, in submitit's words, as in slurm_partition=gpu or timeout_min=60; may be given often.
+    Without it: what Slurm does by default."""
     dry_run: Annotated[bool, option()] = False
     """Print the runs, and start none."""
 

@@ -70,23 +70,23 @@ class Workers:
             raise HimoeError(f"workers end before they are ready: {worker.last_words()}")
         new = _Worker(worker.cores, self._runner, self._events)
         self._workers[self._workers.index(worker)] = new
-        if worker.task is None:
-            return None
-        return Outcome(worker.task.id, FAILED, worker.cause())
+        cause = worker.cause()
+        worker.close()
+        return None if worker.task is None else Outcome(worker.task.id, FAILED, cause)
 
     def end(self) -> None:
         """Close what workers read: they save and end."""
         for worker in self._workers:
             worker.release()
         for worker in self._workers:
-            worker.process.wait()
+            worker.close()
 
     def kill(self) -> None:
         """End all workers at once."""
         for worker in self._workers:
             worker.process.kill()
         for worker in self._workers:
-            worker.process.wait()
+            worker.close()
 
 
 class _Worker:
@@ -113,7 +113,8 @@ class _Worker:
             text=True,
         )
         self._say({"cores": cores, "runner": runner})
-        Thread(target=self._listen, daemon=True).start()
+        self._listener = Thread(target=self._listen, daemon=True)
+        self._listener.start()
 
     task: Task | None
 
@@ -142,6 +143,15 @@ class _Worker:
         assert self.process.stdin is not None
         with suppress(OSError):
             self.process.stdin.close()
+
+    def close(self) -> None:
+        """Wait for its end, and close what it was spoken to through."""
+        self.release()
+        self.process.wait()
+        self._listener.join()
+        self._errors.close()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
 
     def cause(self) -> str:
         """Return why the process has ended, in one line."""

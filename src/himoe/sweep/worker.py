@@ -5,6 +5,7 @@ an outcome a task. The end of standard input is the end of whoever reads the out
 step is finished and saved, as after Ctrl-C, and the process ends.
 """
 
+import gc
 import json
 import os
 import signal
@@ -32,6 +33,7 @@ def main() -> None:
     ending = Event()
     Thread(target=_read, args=(tasks, ending), daemon=True).start()
     load_runner(setup["runner"])
+    gc.freeze()  # what is loaded now stays: the collection after every run need not look at it
     print(json.dumps({"ready": True}), file=channel)
     while not ending.is_set():
         outcome = execute(Task(**tasks.get()), own_process=True)
