@@ -6,6 +6,7 @@ It remembers nothing that the run folders do not say: whatever ends it, the next
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from himoe import run_folder
 from himoe.errors import ConfigError, RunFolderError, RunInUseError
+from himoe.files import write_json
 from himoe.sweep.checks import check_runs
 from himoe.sweep.early_stop import Halving, import_optuna
 from himoe.sweep.engines import EngineOptions, open_pool
@@ -203,13 +205,13 @@ class _Driver:
     def _give_up(self, id: str, error: str) -> None:
         """Leave word in the folder of a run whose worker died, which could not."""
         self.errors[id] = error
-        folder = Path(self._tasks[id].folder)
-        try:
-            with run_folder.locked(folder):
-                if status_of(folder) not in (FAILED, *ENDED):
-                    record_failure(folder, error)
-        except (RunInUseError, OSError):  # another driver is at it already
-            pass
+        task, folder = self._tasks[id], Path(self._tasks[id].folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(RunInUseError), run_folder.locked(folder):  # in use: another driver is at it already
+            if not run_folder.is_run_folder(folder):
+                write_json(folder / "config.json", task.config)
+            if status_of(folder) == RUNNING:
+                record_failure(folder, error)
 
     def _keep_table(self) -> None:
         started = time.monotonic()

@@ -160,6 +160,8 @@ def _of_groups(config: Config, lines: Sequence[Mapping[str, Any]]) -> tuple[floa
     found = []
     for layer in range(len(recent[-1]["layers"]) if recent else 0):
         load = [sum(values) for values in zip(*(line["layers"][layer]["load"] for line in recent), strict=True)]
+        if len(load) != number:  # a damaged line
+            continue
         # by expert of the group, since groups may be unequal
         fair = [sum(load[expert] for expert in group) / len(group) for group in groups]
         if mean := fmean(fair):
