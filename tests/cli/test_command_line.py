@@ -14,6 +14,7 @@ import torch
 import himoe
 from himoe.cli import VERBS, main
 from himoe.cli.bench import BENCH_VERBS
+from himoe.cli.sweep import SWEEP_VERBS
 from himoe.errors import HimoeWarning
 
 WITHOUT_TORCH = """
@@ -67,7 +68,9 @@ def test_help_of_a_verb_can_be_asked_for_either_way(capsys, words):
     assert capsys.readouterr().out == usual
 
 
-@pytest.mark.parametrize("verb", [*VERBS, *(f"bench {verb}" for verb in BENCH_VERBS)])
+@pytest.mark.parametrize(
+    "verb", [*VERBS, *(f"bench {verb}" for verb in BENCH_VERBS), *(f"sweep {verb}" for verb in SWEEP_VERBS)]
+)
 def test_help_of_a_verb_has_worked_examples_and_fits_80_columns(capsys, monkeypatch, verb):
     monkeypatch.setenv("COLUMNS", "80")
     assert main([*verb.split(), "--help"]) == 0

@@ -10,6 +10,7 @@ from pages import ROOT, Page
 from himoe.cli import main
 from himoe.cli.amounts import count
 from himoe.plan import model_names, named_shape, parameters
+from himoe.sweep import build_table, shipped_names
 
 pytestmark = pytest.mark.filterwarnings("ignore::himoe.errors.HimoeWarning")
 
@@ -26,7 +27,7 @@ def folder(tmp_path, monkeypatch):
 def page(name, folder):
     """Read a page; its runs learn the little text of the folder."""
     text = (ROOT / name).read_text(encoding="utf-8")
-    return Page(re.sub(r"^(himoe train .*?)( --out)", r"\1 --data text.txt\2", text, flags=re.M), folder)
+    return Page(re.sub(r"^(himoe (?:train|sweep) .*?)( --out)", r"\1 --data text.txt\2", text, flags=re.M), folder)
 
 
 def test_the_python_of_the_readme_runs(folder):
@@ -45,6 +46,20 @@ def test_the_page_of_plans_runs_and_shows_what_is_printed(folder, monkeypatch, c
     for name, of in counts.items():
         four = of.total, of.active, of.active_without_input_embedding, of.active_without_embeddings
         assert f"| `{name}` | {' | '.join(map(count, four))} |\n" in text
+
+
+def test_the_page_of_sweeps_runs_and_names_every_column(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    ran = page("docs/sweep.md", folder).run()
+    assert ran[0] == "my.toml" and [words.split()[1] for words in ran[1:-1]] == ["sweep"] * 5 and ran[-1] == "python"
+    table = build_table(folder / "sweeps/mine")
+    assert set(table.runs().column("status").to_pylist()) == {"done"}
+    text = (ROOT / "docs/sweep.md").read_text(encoding="utf-8")
+    columns = text.partition("## The table")[2]
+    assert all(
+        f"`{name}`" in columns for name in [*table.runs().column_names, *table.curves().column_names] if "." not in name
+    )
+    assert all(f"| `{name}` |" in text for name in shipped_names())
 
 
 def test_the_page_of_the_analysis_runs_and_shows_what_is_printed(folder, monkeypatch, capsys):

@@ -28,8 +28,7 @@ from himoe.sweep.expand import num_combinations
 class Sweep(Verb):
     """Do all runs of a sweep: every value of its axes with every other.
 
-    Sweeps go on where they stand: what has ended is not done again, also
-    when axes got more values, or another sweep has the same runs.
+    Started again, also with more values, it does what has not ended yet.
 
     Examples:
       himoe sweep my.toml --dry-run
@@ -152,6 +151,8 @@ class SweepTable(Verb):
     Examples:
       himoe sweep table sweeps/mine
           writes sweeps/mine/runs.parquet and curves.parquet
+      himoe sweep table sweeps/mine --json
+          says how many runs and lines they have
     """
 
     out: Annotated[Positional[Path], option("DIR")]
@@ -209,6 +210,8 @@ class SweepList(Verb):
     Examples:
       himoe sweep list
           a line for each
+      himoe sweep list --json
+          the same for a program
     """
 
     def run(self, command: list[str]) -> int:  # noqa: ARG002
