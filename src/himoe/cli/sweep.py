@@ -21,6 +21,7 @@ from himoe.cli.sweep_tables import (
 from himoe.config.loading import parse_sets
 from himoe.errors import ConfigError
 from himoe.sweep import EngineOptions, Spec, build_table, expand, load_spec, query, run_sweep
+from himoe.sweep.checks import check_runs
 from himoe.sweep.expand import num_combinations
 
 
@@ -68,14 +69,15 @@ class Sweep(Verb):
     cpus_per_run: Annotated[int | None, option("N")] = None
     """Cores of a run. Without it: an equal part of this machine's; 1 on Ray and Slurm."""
     gpus_per_run: Annotated[float, option("N")] = 0.0
-    """GPUs of a run, on Ray also a part of one, as in 0.25. Without it: 0."""
+    """GPUs of a run, also a part of one, as in 0.25 for four runs to a GPU; Slurm gives whole ones.
+    Without it: 0, which on this machine leaves all GPUs to all runs."""
     address: Annotated[str | None, option("ADDRESS")] = None
     """Of an existing Ray cluster, or auto to find it. Without it: one is started on this machine."""
     slurm: Annotated[UseAppendAction[tuple[str, ...]], option("KEY=VALUE")] = ()
     """What Slurm is told, in submitit's words, as in slurm_partition=gpu or timeout_min=60; may be given often.
     Without it: what Slurm does by default."""
     dry_run: Annotated[bool, option()] = False
-    """Print the runs, and start none."""
+    """Print the runs, and start none. Refuses what building their models refuses; the text is not looked at."""
 
     def run(self, command: list[str]) -> int:  # noqa: ARG002
         """Do the runs; return 1 where some failed."""
@@ -83,6 +85,7 @@ class Sweep(Verb):
         console = Console(stderr=self.as_json)
         if self.dry_run:
             runs = expand(spec)
+            check_runs(runs, console, text=False)
             merged = num_combinations(spec) - len(runs)
             found = runs_as_rows(runs)
             print(json.dumps({"runs": found, "merged": merged})) if self.as_json else print_runs(console, found, merged)

@@ -107,7 +107,10 @@ class Endurance:
                     os.kill(chance.choice(workers), signal.SIGKILL)
             with suppress(subprocess.TimeoutExpired):
                 code = driver.wait(chance.uniform(*self.every) / 2)
-                print(f"all runs had ended after {kills} kills: give more --runs, or a smaller --every", flush=True)
+                hint = "give more --runs, or a smaller --every"
+                print(f"the driver ended with status {code} after {kills} kills: {hint}", flush=True)
+                if code:
+                    return False
                 break
             driver.kill()
             driver.wait()
@@ -205,7 +208,11 @@ sys.stdin.read()
 
 @contextmanager
 def _ray_cluster(cpus: int):
-    """Give the address of a Ray cluster in a process of its own, which ends with the block."""
+    """Give the address of a Ray cluster in a process of its own, which ends with the block.
+
+    It asks for Ray's token, which drivers of the same user find, and which they must be told to look for.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(cpus)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

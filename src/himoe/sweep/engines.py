@@ -16,7 +16,7 @@ class EngineOptions:
 
     Attributes:
         cpus_per_run: cores of a run; None: on this machine an equal part, else 1.
-        gpus_per_run: GPUs of a run, on Ray also a part of one.
+        gpus_per_run: GPUs of a run, also a part of one; 0 on this machine: whatever is visible.
         address: of a Ray cluster; None: one of its own on this machine.
         slurm: what submitit hands to Slurm, such as `{"slurm_partition": "gpu", "timeout_min": 60}`.
         executor: of submitit; None: Slurm where there is one.
@@ -64,4 +64,4 @@ def open_pool(engine: str, workers: int, threads: int, out: Path, runner: str, o
         return SlurmJobs(workers, threads, out.absolute() / "slurm", options)
     from himoe.sweep.local import Workers
 
-    return Workers(workers, available_cores(), threads, runner)
+    return Workers(workers, available_cores(), threads, options.gpus_per_run, runner)

@@ -5,6 +5,7 @@ driver, however it ends, and with that every worker ends by itself.
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import IO, Any
 
-from himoe.errors import HimoeError
+from himoe.errors import ConfigError, HimoeError
 from himoe.sweep.execution import TRAIN, Outcome, Task
 from himoe.sweep.status import FAILED
 
@@ -31,15 +32,18 @@ class Workers:
         number: of workers.
         cores: those to use; workers share them where there are not enough.
         each: cores of a worker.
+        gpus: of a worker, also a part of one; 0: all that are visible.
         runner: what the tasks will run, loaded once.
     """
 
-    def __init__(self, number: int, cores: list[int], each: int = 1, runner: str = TRAIN) -> None:
+    def __init__(self, number: int, cores: list[int], each: int = 1, gpus: float = 0.0, runner: str = TRAIN) -> None:
         self._events: SimpleQueue[tuple[_Worker, dict[str, Any] | None]] = SimpleQueue()
         each = min(each, len(cores))
         parts = [[cores[(i * each + j) % len(cores)] for j in range(each)] for i in range(number)]
         self._runner, self._fruitless = runner, 0
-        self._workers = [_Worker(part, runner, self._events) for part in parts]
+        devices = [devices_of(i, gpus) for i in range(number)]
+        pairs = zip(parts, devices, strict=True)
+        self._workers = [_Worker(part, device, runner, self._events) for part, device in pairs]
 
     def room(self) -> int:
         """Return how many workers have no task."""
@@ -68,7 +72,7 @@ class Workers:
         self._fruitless += not worker.ready
         if self._fruitless >= FRUITLESS_STARTS:
             raise HimoeError(f"workers end before they are ready: {worker.last_words()}")
-        new = _Worker(worker.cores, self._runner, self._events)
+        new = _Worker(worker.cores, worker.devices, self._runner, self._events)
         self._workers[self._workers.index(worker)] = new
         cause = worker.cause()
         worker.close()
@@ -92,15 +96,23 @@ class Workers:
 class _Worker:
     """One process, and the thread that hands on what it says; None stands for its end."""
 
+    task: Task | None = None
+    ready = False
+
     def __init__(
-        self, cores: list[int], runner: str, events: "SimpleQueue[tuple[_Worker, dict[str, Any] | None]]"
+        self,
+        cores: list[int],
+        devices: str | None,
+        runner: str,
+        events: "SimpleQueue[tuple[_Worker, dict[str, Any] | None]]",
     ) -> None:
-        self.cores, self.task, self.ready = cores, None, False
+        self.cores, self.devices = cores, devices
         self._events, self._errors = events, tempfile.TemporaryFile()  # noqa: SIM115 - as long as the worker
         environment = {
             "OMP_NUM_THREADS": str(len(cores)),
             "GOMP_SPINCOUNT": "1000",
             **os.environ,
+            **({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}),
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         }
         self.process = subprocess.Popen(
@@ -115,8 +127,6 @@ class _Worker:
         self._say({"cores": cores, "runner": runner})
         self._listener = Thread(target=self._listen, daemon=True)
         self._listener.start()
-
-    task: Task | None
 
     def start(self, task: Task) -> None:
         self.task = task
@@ -167,3 +177,22 @@ class _Worker:
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "no message")
+
+
+def devices_of(worker: int, gpus: float) -> str | None:
+    """Return what a worker gets as CUDA_VISIBLE_DEVICES, None to leave it as it is.
+
+    >>> [devices_of(i, 0.5) for i in range(3)], devices_of(1, 2), devices_of(1, 0)
+    (['0', '0', '1'], '2,3', None)
+    """
+    if not gpus:
+        return None
+    first = int(worker * gpus + 1e-6)
+    numbers = range(first, first + max(1, math.ceil(gpus)))
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    if visible and numbers[-1] >= len(visible):
+        raise ConfigError(
+            f"--gpus-per-run {gpus:g}: {worker + 1} workers need more than the {len(visible)} GPUs of "
+            "CUDA_VISIBLE_DEVICES; lower one of the two"
+        )
+    return ",".join(visible[number] if visible else str(number) for number in numbers)

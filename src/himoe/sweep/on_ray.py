@@ -42,12 +42,13 @@ class RayActors:
         self._ray, self._runner = import_ray(), runner
         self._ours = not self._ray.is_initialized()
         if self._ours:
-            os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+            own = {} if options.address or os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
             try:
-                self._ray.init(address=options.address, log_to_driver=False, logging_level="error")
+                self._ray.init(address=options.address, log_to_driver=False, logging_level="error", **own)
             except (ConnectionError, ValueError, RuntimeError) as error:
+                where = f"--address {options.address}" if options.address else "--engine ray"
                 raise ConfigError(
-                    f"--address {options.address}: no Ray cluster answers there: {describe(error)}"
+                    f"{where}: no Ray cluster answers, or it asks for a token (RAY_AUTH_MODE=token): {describe(error)}"
                 ) from None
         self._refuse_what_never_fits(threads, options)
         self._remote = self._ray.remote(num_cpus=threads, num_gpus=options.gpus_per_run)(_Actor)

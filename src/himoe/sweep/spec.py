@@ -17,7 +17,6 @@ from himoe.config import DEFAULT_RECIPE, Config
 from himoe.config.kinds import STRICT
 from himoe.config.problems import OTHER_NAMES, config_error, translate
 from himoe.config.schema import key_tree
-from himoe.config.toml import format_key
 from himoe.errors import ConfigError, HimoeError, nearest
 from himoe.sweep.identity import VOLATILE
 
@@ -191,8 +190,3 @@ def shipped_text(name: str) -> str:
             f"no sweep {name!r}; known: {', '.join(names)}{nearest(name, names)} (a file of yours ends in .toml)"
         )
     return resources.files("himoe.sweep").joinpath("specs", f"{name}.toml").read_text(encoding="utf-8")
-
-
-def key_in_toml(key: str) -> str:
-    """Return a dotted key as TOML writes it in quotes."""
-    return format_key(key)

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import torch._dynamo  # noqa: F401 - seconds that the first optimizer would take in its run
 from rich.console import Console
 
 from himoe import run
