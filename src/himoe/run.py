@@ -45,6 +45,7 @@ def train(
     profile: bool = False,
     command: list[str] | None = None,
     console: Console | None = None,
+    held: bool = False,
     report: bool = True,
     prune: Prune | None = None,
 ) -> dict[str, Any]:
@@ -58,6 +59,7 @@ def train(
         profile: record a few steps in `out/profile`.
         command: what was typed, for env.json.
         console: where progress goes; standard error when None.
+        held: the caller holds the lock of `out` (`run_folder.locked`).
         report: write report.html at the end.
         prune: asked with step and result after every evaluation during training whether the run ends here, saved.
 
@@ -67,7 +69,7 @@ def train(
     console = console or Console(stderr=True)
     check_writers(config.train.log_to)
     with ExitStack() as stack:
-        if stands := out.is_dir():
+        if (stands := out.is_dir()) and not held:
             stack.enter_context(run_folder.locked(out))
         run_folder.check_run_folder(out, resume=resume, force=force)
         checkpoint = _newest_checkpoint(out, console) if resume else None

@@ -9,7 +9,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -53,20 +52,14 @@ def check_run_folder(out: Path, *, resume: bool = False, force: bool = False) ->
         raise RunFolderError(f"{out} already holds a run; continue it with --resume, replace it with --force")
 
 
-_held: ContextVar[frozenset[Path]] = ContextVar("_held", default=frozenset())
-"""Folders that the running code holds, so that who has locked one may call what locks it too."""
-
-
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Keep every other process from writing to the folder `out`, where the system can; writes nothing itself.
 
-    The lock is the system's, on the folder: it ends with the process, however that ends. A block within a block of the
-    same folder changes nothing.
+    The lock is the system's, on the folder: it ends with the process, however that ends.
     Raises RunInUseError while another process holds it.
     """
-    place = out.resolve()
-    if fcntl is None or place in _held.get():
+    if fcntl is None:
         yield
         return
     descriptor = os.open(out, os.O_RDONLY)
@@ -79,11 +72,7 @@ def locked(out: Path) -> Iterator[None]:
             ) from None
         except OSError:  # a disk that knows no locks, such as some network drives
             pass
-        token = _held.set(_held.get() | {place})
-        try:
-            yield
-        finally:
-            _held.reset(token)
+        yield
     finally:
         os.close(descriptor)
 

@@ -23,7 +23,8 @@ class SweepProgress:
     def __init__(self, console: Console, *, total: int, done: int) -> None:
         self._console, self._total, self._before = console, total, done
         self._done = self._failed = self._running = self._elsewhere = 0
-        self._started, self._last_plain = monotonic(), monotonic()
+        self._last_plain = monotonic()
+        self._first_end: float | None = None
         self._bar = None
         if console.is_terminal:
             self._bar = Progress(BarColumn(), TextColumn("{task.description}"), console=console, refresh_per_second=2)
@@ -56,10 +57,12 @@ class SweepProgress:
     def done(self) -> None:
         """Take note of a run that has ended."""
         self._done += 1
+        self._first_end = self._first_end or monotonic()
 
     def failed(self, name: str, error: str) -> None:
         """Take note of a run that will not be tried again."""
         self._failed += 1
+        self._first_end = self._first_end or monotonic()
         self.say(f"failed: {name}: {error}")
 
     @property
@@ -74,8 +77,9 @@ class SweepProgress:
         parts += [f"{self._running} running"] if self._running else []
         parts += [f"{self._elsewhere} in use by another sweep"] if self._elsewhere else []
         parts += [f"{left} left"] if left else []
-        if (ended := self._done + self._failed) and (open_ := self._total - self._ended):
-            seconds = (monotonic() - self._started) / ended * open_
+        ended, still_open = self._done + self._failed, self._total - self._ended
+        if self._first_end and ended > 1 and still_open:  # from the first end on: workers had to get ready before it
+            seconds = (monotonic() - self._first_end) / (ended - 1) * still_open
             parts.append(f"about {_time(seconds)} to go")
         return " · ".join(parts)
 

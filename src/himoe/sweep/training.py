@@ -12,9 +12,9 @@ from himoe.train.fit import Prune
 
 
 def train(config: Config, folder: Path, prune: Prune | None = None) -> None:
-    """Train, or go on with, the run in `folder`, which holds its config.json; prints to standard error.
+    """Train, or go on with, the run in `folder`, which is locked and holds its config.json; prints to standard error.
 
     Without report.html, which is of 5 MB: `himoe report` writes it for those that somebody looks at.
     """
     console = Console(file=sys.stderr, width=120)
-    run.train(config, out=folder, resume=True, console=console, report=False, prune=prune)
+    run.train(config, out=folder, resume=True, console=console, held=True, report=False, prune=prune)
