@@ -145,3 +145,4 @@ def test_a_folder_of_another_run_is_not_taken_for_one_of_the_sweep(tmp_path, con
 def test_workers_that_cannot_start_are_told_with_their_last_line(tmp_path, console):
     with pytest.raises(HimoeError, match=r"workers end before they are ready: ModuleNotFoundError: .*no_such_module"):
         run_sweep(FEW, tmp_path, runner="no_such_module:fill", console=console)
+    assert not list((tmp_path / "runs").iterdir())  # no run has failed

@@ -199,7 +199,7 @@ class _Driver:
                 progress.say(f"{self._names[id]}: {outcome.error}; trying again")
         elif outcome.status in ENDED:
             progress.done()
-        else:  # somebody has told this one worker to stop
+        else:  # its worker was told to stop, or ended before it began
             self._waiting.append(id)
 
     def _give_up(self, id: str, error: str) -> None:

@@ -12,13 +12,14 @@ import subprocess
 import sys
 import tempfile
 from contextlib import suppress
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import IO, Any
 
 from himoe.errors import ConfigError, HimoeError
 from himoe.sweep.execution import TRAIN, Outcome, Task
-from himoe.sweep.status import FAILED
+from himoe.sweep.status import FAILED, RUNNING
 
 FRUITLESS_STARTS = 3
 """Workers in a row that end before they are ready: then something is wrong that another one will not mend."""
@@ -76,7 +77,9 @@ class Workers:
         self._workers[self._workers.index(worker)] = new
         cause = worker.cause()
         worker.close()
-        return None if worker.task is None else Outcome(worker.task.id, FAILED, cause)
+        if worker.task is None:
+            return None
+        return Outcome(worker.task.id, FAILED, cause) if worker.ready else Outcome(worker.task.id, RUNNING)
 
     def end(self) -> None:
         """Close what workers read: they save and end."""
@@ -113,10 +116,10 @@ class _Worker:
             "GOMP_SPINCOUNT": "1000",
             **os.environ,
             **({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}),
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path),
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "himoe.sweep.worker"],
+            [sys.executable, "-P", "-m", "himoe.sweep.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
