@@ -107,9 +107,13 @@ def run_sweep(
     driver = _Driver(table, todo, retries, {run.id: run.name for run in runs})
     if todo:
         pool = open_pool(engine, min(workers, len(todo)), threads, out, runner, options)
-        with SweepProgress(console, total=len(runs), done=len(runs) - len(todo)) as progress:
-            driver.drive(pool, progress)
-    table.read().write()
+        try:
+            with SweepProgress(console, total=len(runs), done=len(runs) - len(todo)) as progress:
+                driver.drive(pool, progress)
+        finally:
+            table.read().write()
+    else:
+        table.read().write()
     status = {run.id: status_of(out / RUNS / run.id) or RUNNING for run in runs}
     return SweepResult(out, runs, status, driver.errors, driver.outcomes)
 

@@ -29,7 +29,10 @@ class EngineOptions:
     executor: str | None = None
 
     def threads_of(self, engine: str, workers: int) -> int:
-        """Return the threads of a run. Raises ConfigError for an engine or numbers that cannot be."""
+        """Return the threads of a run.
+
+        Raises ConfigError for an engine or numbers that cannot be, MissingExtraError where a package is not installed.
+        """
         if engine not in ENGINES:
             raise ConfigError(f"--engine {engine}: must be one of {', '.join(ENGINES)}{nearest(engine, ENGINES)}")
         if workers < 1:
@@ -40,6 +43,14 @@ class EngineOptions:
             raise ConfigError(f"--gpus-per-run {self.gpus_per_run:g}: must be ≥ 0")
         if engine != "ray" and self.address is not None:
             raise ConfigError("--address is of a Ray cluster: add --engine ray, or leave it out")
+        if engine == "ray":
+            from himoe.sweep.on_ray import import_ray
+
+            import_ray()
+        if engine == "slurm":
+            from himoe.sweep.on_slurm import import_submitit
+
+            import_submitit()
         if engine == "local":
             return self.cpus_per_run or max(1, len(available_cores()) // workers)
         return self.cpus_per_run or 1
@@ -53,7 +64,7 @@ def available_cores() -> list[int]:
 
 
 def open_pool(engine: str, workers: int, threads: int, out: Path, runner: str, options: EngineOptions) -> Pool:
-    """Start an engine. Raises MissingExtraError where its package is not installed."""
+    """Start an engine. Raises ConfigError where there is no such cluster, or it has less than a run needs."""
     if engine == "ray":
         from himoe.sweep.on_ray import RayActors
 
