@@ -34,4 +34,4 @@ def query(out: Path, sql: str) -> Any:
                 return answer.to_arrow_table()
         except duckdb.Error as error:
             raise ConfigError(f"query: {' '.join(str(error).split())}") from None
-    raise ConfigError("query: this statement has no answer; ask with select, from or describe")
+    raise ConfigError("query: empty; ask for something, as in: select name, cross_entropy from runs")
