@@ -132,12 +132,11 @@ def _halving(early_stop: str | None, runs: Sequence[Run], out: Path) -> Halving 
     if early_stop != "asha":
         raise ConfigError(f"--early-stop {early_stop}: must be asha")
     import_optuna()
-    for key in ("data", "train.seq_len"):
-        section, _, name = key.partition(".")
-        found = [getattr(run.config, section) for run in runs]
-        if any(
-            (getattr(one, name) if name else one) != (getattr(found[0], name) if name else found[0]) for one in found
-        ):
+    for key, values in {
+        "data": [run.config.data for run in runs],
+        "train.seq_len": [run.config.train.seq_len for run in runs],
+    }.items():
+        if any(value != values[0] for value in values):
             raise ConfigError(
                 f"--early-stop compares cross-entropies, which needs equal {key} in all runs; leave it out"
             )

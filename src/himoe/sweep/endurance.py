@@ -14,7 +14,6 @@ import time
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated, Any
 
 import tyro
@@ -136,23 +135,23 @@ class Endurance:
         return once and same and code == 0 and kills == self.kills
 
     def _overhead(self, address: str | None) -> None:
-        """Measure a sweep of runs of about 5 seconds, whose number of steps one of 40 steps tells."""
-        run = self._sweep("speed", 40, self.workers, address)
-        if run is None:
+        """Measure a sweep of runs of about 5 seconds, whose number of steps the fastest one of 40 steps tells."""
+        tried = self._sweep("speed", 40, 2 * self.workers, address)
+        if tried is None:
             return
-        steps = max(20, round(40 * RUN_SECONDS / max(_training_seconds(self.out / "speed", run), 0.1)))
+        steps = max(20, round(40 * RUN_SECONDS / min(_training_seconds(self.out / "speed", tried))))
         started = time.monotonic()
         outcomes = self._sweep("overhead", steps, self.long_runs, address)
-        seconds = time.monotonic() - started
         if outcomes is None:
             return
-        each = sum(one.seconds for one in outcomes) / len(outcomes)
-        trained = _training_seconds(self.out / "overhead", outcomes)
-        span = max(one.began + one.seconds for one in outcomes) - min(one.began for one in outcomes)
+        seconds, busy = time.monotonic() - started, sum(one.seconds for one in outcomes)
+        idle = sum(_lane(outcomes, process) for process in {one.process for one in outcomes}) - busy
+        trained = sum(_training_seconds(self.out / "overhead", outcomes))
         print(
-            f"{len(outcomes)} runs of {each:.2f} s, {trained:.2f} s of them training and evaluation, {self.workers} at "
-            f"a time: {seconds:.1f} s in all, {span:.1f} s from the first run's start to the last one's end; "
-            f"workers without a run {span * self.workers / (each * len(outcomes)) - 1:.1%} of the time in runs",
+            f"{len(outcomes)} runs of {busy / len(outcomes):.2f} s, {trained / len(outcomes):.2f} s of them training "
+            f"and evaluation, {self.workers} at a time, {seconds:.1f} s in all: from its first run to its last, a "
+            f"worker was without one {idle / busy:.1%} of the time in runs; runs took {busy / trained - 1:.1%} more "
+            "than their training",
             flush=True,
         )
 
@@ -172,11 +171,17 @@ class Endurance:
         return result.outcomes
 
 
-def _training_seconds(out: Path, outcomes: list[Outcome]) -> float:
-    """Return the mean time in training and evaluation."""
+def _lane(outcomes: list[Outcome], process: int) -> float:
+    """Return the time from the start of a worker's first run to the end of its last one."""
+    mine = [one for one in outcomes if one.process == process]
+    return max(one.began + one.seconds for one in mine) - min(one.began for one in mine)
+
+
+def _training_seconds(out: Path, outcomes: list[Outcome]) -> list[float]:
+    """Return the time in training and evaluation of each run."""
     table = build_table(out).runs().select(["run", "wall_seconds"]).to_pylist()
     wanted = {one.id for one in outcomes}
-    return fmean(row["wall_seconds"] for row in table if row["run"] in wanted)
+    return [row["wall_seconds"] for row in table if row["run"] in wanted]
 
 
 def _tables(out: Path) -> list[Any]:

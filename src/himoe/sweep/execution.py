@@ -65,6 +65,7 @@ class Outcome:
         hopeless: whether trying again would fail in the same way.
         began: when, in seconds since 1970.
         seconds: that it took.
+        process: that did it.
     """
 
     id: str
@@ -73,6 +74,7 @@ class Outcome:
     hopeless: bool = False
     began: float = 0.0
     seconds: float = 0.0
+    process: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return it for JSON."""
@@ -104,7 +106,7 @@ def execute(task: Task, *, own_process: bool = False) -> Outcome:
     except RunInUseError:
         return Outcome(task.id, IN_USE)
     gc.collect()  # models hold themselves by cycles: the next run needs their memory
-    return Outcome(task.id, status, error, hopeless, began, time.time() - began)
+    return Outcome(task.id, status, error, hopeless, began, time.time() - began, os.getpid())
 
 
 def _attempt(task: Task, folder: Path) -> tuple[str, bool]:

@@ -19,10 +19,9 @@ from typing import IO, Any
 
 from himoe.errors import ConfigError, HimoeError
 from himoe.sweep.execution import TRAIN, Outcome, Task
+from himoe.sweep.pool import FRUITLESS_STARTS
 from himoe.sweep.status import FAILED, RUNNING
 
-FRUITLESS_STARTS = 3
-"""Workers in a row that end before they are ready: then something is wrong that another one will not mend."""
 OUT_OF_MEMORY = "perhaps for lack of memory: give fewer --workers, or make the model smaller"
 
 

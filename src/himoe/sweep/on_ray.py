@@ -7,10 +7,11 @@ import os
 import signal
 from typing import Any
 
-from himoe.errors import ConfigError, MissingExtraError
+from himoe.errors import ConfigError, HimoeError, MissingExtraError
 from himoe.sweep.engines import EngineOptions
 from himoe.sweep.execution import TRAIN, Outcome, Task, describe, execute, load_runner
-from himoe.sweep.status import FAILED
+from himoe.sweep.pool import FRUITLESS_STARTS
+from himoe.sweep.status import FAILED, RUNNING
 
 
 class _Actor:
@@ -39,7 +40,7 @@ class RayActors:
     """
 
     def __init__(self, number: int, threads: int, options: EngineOptions, runner: str = TRAIN) -> None:
-        self._ray, self._runner = import_ray(), runner
+        self._ray, self._runner, self._fruitless = import_ray(), runner, 0
         self._ours = not self._ray.is_initialized()
         if self._ours:
             own = {} if options.address or os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
@@ -91,10 +92,21 @@ class RayActors:
         try:
             outcome = Outcome(**self._ray.get(ready[0]))
         except self._ray.exceptions.RayActorError as error:
-            self._idle.append(self._actor())
-            return Outcome(task.id, FAILED, f"its Ray actor died: {describe(error)}")
+            return self._replace(task, error)
+        self._fruitless = 0
         self._idle.append(actor)
         return outcome
+
+    def _replace(self, task: Task, error: Any) -> Outcome:
+        """Start a new actor in the place of one that has died, and return the outcome of its task."""
+        self._idle.append(self._actor())
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+        if not error.actor_init_failed:
+            return Outcome(task.id, FAILED, f"its Ray actor died: {lines[0]}")
+        self._fruitless += 1
+        if self._fruitless >= FRUITLESS_STARTS:
+            raise HimoeError(f"Ray actors end before they are ready: {lines[-1]}")
+        return Outcome(task.id, RUNNING)
 
     def end(self) -> None:
         """Send what runs the signal to save and stop, wait for it, and let all actors go."""

@@ -4,6 +4,9 @@ from typing import Protocol
 
 from himoe.sweep.execution import Outcome, Task
 
+FRUITLESS_STARTS = 3
+"""Workers in a row that end before they are ready: then something is wrong that another one will not mend."""
+
 
 class Pool(Protocol):
     """Workers of some kind. A task handed in comes back as exactly one outcome, unless the pool is ended before."""
