@@ -53,6 +53,8 @@ def test_a_dry_run_prints_runs_and_sums_and_starts_nothing(spec, tmp_path, capsy
     first = found["runs"][0]
     assert first["active_parameters"] == plan["parameters"]["active"]
     assert first["training_flops"] == plan["training"]["flops"]
+    shipped = json.loads(said(capsys, "shared_expert", "--dry-run", "--json", "--set", "seed=7", "--data", "text").out)
+    assert len(shipped["runs"]) == 12 and shipped["runs"][1]["name"] == "granularity=1/8 sparsity=4 shared=1/8"
     assert [path.name for path in tmp_path.iterdir()] == ["spec.toml"]
 
 

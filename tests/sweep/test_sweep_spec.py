@@ -11,7 +11,7 @@ from himoe.sweep import expand, load_spec, shipped_names
 from himoe.sweep.expand import num_combinations
 
 
-def test_axes_multiply_zipped_ones_move_together_and_seeds_move_fastest():
+def test_axes_multiply_in_their_order_and_zipped_ones_move_together():
     spec = tomllib.loads("""
         recipe = "lm_tiny"
         [set]
@@ -26,7 +26,7 @@ def test_axes_multiply_zipped_ones_move_together_and_seeds_move_fastest():
     runs = expand(spec)
     found = [(r.config.moe.preset, r.config.model.dim, r.config.model.num_heads, r.config.seed) for r in runs]
     pairs = [(32, 2), (64, 4)]
-    assert found == [(p, *pair, s) for p, pair, s in itertools.product(["hi_moe", "moge"], pairs, [3, 4])]
+    assert found == [(p, *pair, s) for s, p, pair in itertools.product([3, 4], ["hi_moe", "moge"], pairs)]
     assert all(run.config.train.steps == 30 for run in runs)
     assert runs[0].name == "preset=hi_moe dim=32 num_heads=2 seed=3"
     assert len({run.id for run in runs}) == 8

@@ -57,7 +57,7 @@ class Sweep(Verb):
     data: Annotated[Path | None, option("PATH")] = None
     """What to learn, in place of what the sweep says."""
     changes: Annotated[UseAppendAction[tuple[str, ...]], option("KEY=VALUE", "set")] = ()
-    """Set one value in all runs; may be given often."""
+    """Set one value in all runs, in the place of an axis of that name; may be given often."""
     workers: Annotated[int, option("N")] = 1
     """Runs at a time. Without it: 1."""
     engine: Annotated[str, option("local|ray|slurm")] = "local"
@@ -125,7 +125,9 @@ class Sweep(Verb):
         if self.data:
             changes["data"] = str(self.data)
         if self.changes:
-            changes["set"] = spec.set | _flat(parse_sets(self.changes))
+            given = _flat(parse_sets(self.changes))
+            changes["set"] = spec.set | given
+            changes["axes"] = {key: values for key, values in spec.axes.items() if key not in given}
         return load_spec(spec.model_dump(exclude_none=True) | changes) if changes else spec
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from himoe.config import Config, load_config
 from himoe.config.toml import format_value
 from himoe.errors import ConfigError, HimoeError
-from himoe.sweep.family import kept_parameters, members, sizes
+from himoe.sweep.family import Member, kept_parameters, members, sizes
 from himoe.sweep.identity import run_id
 from himoe.sweep.spec import Spec, load_spec, one_line
 
@@ -53,7 +53,7 @@ def words(varied: Mapping[str, Any]) -> str:
 
 
 def expand(source: Spec | Mapping[str, Any] | str | Path) -> list[Run]:
-    """Return the runs of a sweep, in the order of its axes; runs that are the same stand once.
+    """Return the runs of a sweep, in the order of its axes, the last one fastest; runs that are the same stand once.
 
     Args:
         source: a `Spec`, its tree, a TOML file, or the name of a shipped sweep.
@@ -87,23 +87,27 @@ def num_combinations(spec: Spec) -> int:
     return sum(1 for _ in _combinations(spec))
 
 
-def _combinations(spec: Spec) -> Iterator[tuple[dict[str, Any], dict[str, Any], Any]]:
+def _combinations(spec: Spec) -> Iterator[tuple[dict[str, Any], dict[str, Any], Member | None]]:
     """Yield what a run is called by, its keys of the configuration, and its member of the family.
 
-    The seed, where it is an axis, moves fastest: runs to compare are done together.
+    The last axis moves fastest, the family faster still: seeds that stand first come one after the other for all
+    the rest.
     """
-    seeds = [[("seed", value)] for value in spec.axes.get("seed", [])]
-    axes = [[[(key, value)] for value in values] for key, values in spec.axes.items() if key != "seed"]
+    axes: list[list[list[tuple[str, Any]]]]
+    axes = [[[(key, value)] for value in values] for key, values in spec.axes.items()]
     for one in spec.zip:
         axes.append([list(zip(one, values, strict=True)) for values in zip(*one.values(), strict=True)])
-    sized = list(members(spec.family)) if spec.family else [({}, None)]
-    for chosen in itertools.product(*axes):
-        for (called, member), seed in itertools.product(sized, seeds or [[]]):
-            before = dict(pair for group in chosen for pair in group)
-            yield before | called | dict(seed), before | dict(seed), member
+    sized: list[tuple[dict[str, Any], Member | None]]
+    sized = [*members(spec.family)] if spec.family else [({}, None)]
+    for chosen, (called, member) in itertools.product(itertools.product(*axes), sized):
+        keys = dict(pair for group in chosen for pair in group)
+        named = {key: value for key, value in keys.items() if key != "seed"} | called
+        yield named | ({"seed": keys["seed"]} if "seed" in keys else {}), keys, member
 
 
-def _resolve(spec: Spec, varied: dict[str, Any], keys: dict[str, Any], member: Any, kept: dict[str, int]) -> Run:
+def _resolve(
+    spec: Spec, varied: dict[str, Any], keys: dict[str, Any], member: Member | None, kept: dict[str, int]
+) -> Run:
     """Return the run; `kept` remembers what a family keeps, by all that is varied beside it."""
     tree: dict[str, Any] = {}
     if spec.data is not None:
@@ -112,7 +116,7 @@ def _resolve(spec: Spec, varied: dict[str, Any], keys: dict[str, Any], member: A
         _put(tree, key.split("."), value)
     recipe = str(tree.pop("recipe", spec.recipe))
     config = load_config(recipe, overrides=tree)
-    if spec.family is not None:
+    if spec.family is not None and member is not None:
         moe = sizes(spec.family, config, member)
         config = load_config(recipe, overrides=tree | {"moe": tree.get("moe", {}) | moe})
         number = kept_parameters(spec.family, config)

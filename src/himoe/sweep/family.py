@@ -21,20 +21,29 @@ from himoe.sweep.spec import Family
 Size = Fraction | list[Fraction]
 
 
-def members(family: Family) -> Iterator[tuple[dict[str, Any], tuple[Size | None, Fraction | None, Fraction | None]]]:
-    """Yield what a member is called by, and its granularity, sparsity and shared granularity."""
+Member = tuple[Size | None, Fraction | None, Fraction | None]
+"""Granularity, sparsity and granularity of the shared expert; None: as in the configuration."""
+
+
+def members(family: Family) -> Iterator[tuple[dict[str, Any], Member]]:
+    """Yield what a member is called by, and the member."""
     axes = {"granularity": family.granularity, "sparsity": family.sparsity, "shared": family.shared}
     for values in itertools.product(*(axis or [None] for axis in axes.values())):
-        yield {name: _word(value) for name, value in zip(axes, values, strict=True) if value is not None}, values  # type: ignore[misc]
+        called = {
+            name: "+".join(map(str, value)) if isinstance(value, list) else value
+            for name, value in zip(axes, values, strict=True)
+            if value is not None
+        }
+        granularity: Any = values[0]
+        size = [Fraction(each) for each in granularity] if isinstance(granularity, list) else _fraction(granularity)
+        yield called, (size, _fraction(values[1]), _fraction(values[2]))
 
 
-def _word(value: Any) -> str:
-    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+def _fraction(value: Any) -> Fraction | None:
+    return None if value is None else Fraction(value)
 
 
-def sizes(
-    family: Family, config: Config, member: tuple[Size | None, Fraction | None, Fraction | None]
-) -> dict[str, Any]:
+def sizes(family: Family, config: Config, member: Member) -> dict[str, Any]:
     """Return the keys of the `moe` section that make `config` this member of the family.
 
     Raises ConfigError where a number does not come out whole, or the configuration has no experts of one kind.

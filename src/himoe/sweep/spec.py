@@ -24,17 +24,18 @@ TOP = ("seed", "recipe")
 """Keys that lie in no section."""
 
 
-def _as_fraction(value: float | str) -> Fraction:
+def _ratio(value: float | str) -> str:
+    """Return a number as the text of a fraction."""
     try:
         number = Fraction(str(value))
     except (ValueError, ZeroDivisionError):
         number = Fraction(-1)
     if number < 0:
         raise ValueError("must be a number ≥ 0, such as 4 or '1/8'")
-    return number
+    return str(number)
 
 
-Ratio = Annotated[int | float | str, AfterValidator(_as_fraction)]
+Ratio = Annotated[int | float | str, AfterValidator(_ratio)]
 
 
 class Family(BaseModel):
