@@ -110,3 +110,12 @@ def test_what_cannot_be_is_told_in_one_line(spec, message):
 def test_shipped_sweeps_can_be(name):
     runs = expand(name)
     assert len(runs) > 3 and len({run.name for run in runs}) == len(runs)
+
+
+def test_a_recipe_may_be_an_axis_and_a_text_several_domains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spec = {"data": {"a": "one.txt", "b": "/two.txt"}, "axes": {"recipe": ["lm_small", "lm_small_dense"]}}
+    moe, dense = expand({**spec, "set": {"train.steps": 100}})
+    assert (moe.config.name, dense.config.name) == ("lm_small", "lm_small_dense") and moe.id != dense.id
+    assert moe.config.moe_layer_indices and not dense.config.moe_layer_indices and dense.config.train.steps == 100
+    assert moe.config.data.sources == {"a": str(tmp_path / "one.txt"), "b": "/two.txt"} and moe.config.data.path is None
