@@ -1,6 +1,7 @@
 """From a spec to its runs: every combination, resolved to a configuration, checked, duplicates merged."""
 
 import itertools
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,10 +121,11 @@ def _resolve(
         moe = sizes(spec.family, config, member)
         config = load_config(recipe, overrides=tree | {"moe": tree.get("moe", {}) | moe})
         number = kept_parameters(spec.family, config)
-        if number != kept.setdefault(words(keys), number):
+        beside = json.dumps(keys, sort_keys=True, default=str)
+        if number != kept.setdefault(beside, number):
             raise ConfigError(
                 f"[family] keep = {spec.family.keep!r}: {number} parameters without the router, where another member "
-                f"has {kept[words(keys)]}"
+                f"has {kept[beside]}"
             )
     config = _with_absolute_paths(config)
     return Run(run_id(config), config, varied)
