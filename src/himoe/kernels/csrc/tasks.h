@@ -117,8 +117,10 @@ inline Int scratch_floats(const Problem& p, const std::vector<Task>& tasks) {
     const Int padding = is_few(t.row1 - t.row0) ? kPanel : 1;
     const Int I = t.i1 - t.i0, J = round_up(t.j1 - t.j0, padding), n = round_up(t.row1 - t.row0, padding);
     const bool block = t.kind == kUpGrad || t.kind == kDownGrad;
+    const bool hidden_apart = padding > 1 || p.mode == kWidened || (t.kind == kBackwardTile && !p.d_hidden);
     if (t.kind != kZeroGrad)
-      most = std::max(most, block ? std::min(kGradRows, n) * (I + J) + (p.mode == kSingle ? 0 : 2 * I * J) : n * (D + H + F) + F + wide);
+      most = std::max(most, block ? std::min(kGradRows, n) * (I + J) + (p.mode == kSingle ? 0 : 2 * I * J)
+                                  : n * (D + F + (hidden_apart ? H : 0)) + F + wide);
   }
   return round_up(most + 128, 16);  // each piece begins on a cache line
 }
