@@ -106,7 +106,7 @@ WAITING = {
     "copies from the host": (lambda x: x + torch.ones(4).to(x.device), "_to_copy.* between host and device"),
     "picks by a list": (lambda x: x[[0, 2]], r"index \[0, 2\]"),
     "copies a list to the device": (lambda x: torch.tensor([1, 2], device=x.device), r"tensor of \[1, 2\]"),
-    "loops over experts": (lambda x: backend_alone(x.device, "loop"), "copy out of meta"),
+    "loops over experts": (lambda x: backend_alone(x.device, "loop"), "item"),
 }
 
 
