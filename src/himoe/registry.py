@@ -69,6 +69,7 @@ BALANCERS: dict[str, str] = {
     "z_loss": "himoe.balance.z_loss:ZLoss",
     "local_entropy": "himoe.balance.local_entropy:LocalEntropy",
     "global_entropy": "himoe.balance.global_entropy:GlobalEntropy",
+    "score_variance": "himoe.balance.score_variance:ScoreVariance",
     "loss_free": Entry("himoe.balance.loss_free:LossFree", bias_rate=1e-3),
     "momentum": Entry("himoe.balance.momentum:Momentum", bias_rate=5e-4),
     "quantile": "himoe.balance.quantile:Quantile",
