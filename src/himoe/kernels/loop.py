@@ -75,7 +75,7 @@ def _over_batches(do: Callable[[_Batch, Tensor], None], x: Tensor, rows: SortedP
     wide = [b for b in batches if threads == 1 or (b.rows.stop - b.rows.start) * 2 * threads > total]
     for some, workers in ((batches[len(wide) :], threads), (wide, 1)):  # OpenMP's threads would disturb the workers
         if some:
-            size = (some[0].rows.stop - some[0].rows.start) * row
+            size = -(-(some[0].rows.stop - some[0].rows.start) * row // 64) * 64  # aligned alike, or BLAS's bits differ
             share_out(do, some, x.new_empty(min(workers, len(some)), size, dtype=_product_dtype(x)).unbind())
 
 

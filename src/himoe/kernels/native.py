@@ -20,6 +20,7 @@ from himoe.errors import KernelError
 from himoe.functional.dispatch import SortedPairs
 from himoe.kernels import large_pages, loop, native_build
 from himoe.kernels.activation import ACTIVATIONS
+from himoe.kernels.libtorch import symbol
 
 SIZES = ("top_k", "width", "rows_up", "units", "experts", "tokens", "mode", "activation", "threads")
 NEEDS = ("need_x", "need_weights", "need_up", "need_down")
@@ -53,7 +54,9 @@ class _Kernel(NamedTuple):
     set_blas_threads: int | None
 
 
-_lock = threading.Lock()
+_locks = [threading.Lock()]  # one; a forked child gets another, as nobody would open one that was held
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _locks.__setitem__(0, threading.Lock()))
 _PROCESS = os.getpid()
 
 
@@ -73,7 +76,7 @@ def _load() -> _Kernel | str:
     if os.environ.get("HIMOE_NATIVE", "1") == "0":
         return "switched off by HIMOE_NATIVE=0"
     try:
-        single_gemm = _symbol("sgemm_")
+        single_gemm = symbol("sgemm_")
         if single_gemm is None:
             return "this torch shows no sgemm_"
         path = native_build.library_path("expert_mlp")
@@ -83,21 +86,11 @@ def _load() -> _Kernel | str:
     for function in (library.himoe_scratch, library.himoe_run):
         function.argtypes = [ctypes.POINTER(_Problem), ctypes.c_int64]
     library.himoe_scratch.restype = library.himoe_run.restype = ctypes.c_int64
-    return _Kernel(library, path, single_gemm, _symbol("MKL_Set_Num_Threads_Local"))
-
-
-def _symbol(name: str) -> int | None:
-    """Return the address of a function of torch's BLAS, which libtorch_cpu holds or has loaded."""
-    folder = Path(torch.__file__).parent / "lib"
-    for library in sorted(folder.glob("libtorch_cpu.*")):
-        function = getattr(ctypes.CDLL(str(library)), name, None)
-        if function is not None:
-            return ctypes.cast(function, ctypes.c_void_p).value
-    return None
+    return _Kernel(library, path, single_gemm, symbol("MKL_Set_Num_Threads_Local"))
 
 
 def _kernel() -> _Kernel | str:
-    with _lock:  # or two threads would build at once
+    with _locks[0]:  # or two threads would build at once
         return _load()
 
 
@@ -109,7 +102,7 @@ def status(dtype: torch.dtype = torch.float32) -> Status:
     if isinstance(kernel, str):
         return Status(False, kernel)
     if _mode(dtype) == HALF:
-        with _lock:
+        with _locks[0]:
             half_gemm = _half_gemm()
         if isinstance(half_gemm, str):
             return Status(False, half_gemm)
@@ -229,6 +222,8 @@ def backward(
     """Return the gradients of x, weights, up_proj and down_proj, None where not needed."""
     if not supports(x, up_proj, down_proj):
         return loop.backward(grad, x, weights, hidden, rows, up_proj, down_proj, activation, needs)
+    if not any(needs):
+        return None, None, None, None
     need_x, need_weights, need_up, need_down = needs
     num_pairs, units = rows.pair_of_row.numel(), down_proj.shape[2]
     group_rows, working_rows = _group_rows(rows)

@@ -9,6 +9,7 @@ long. So what surrounds the tasks is best made of operations that use one thread
 a few thousand numbers, `[]` with a tensor does not.
 """
 
+import ctypes
 import functools
 import os
 import threading
@@ -19,27 +20,18 @@ from typing import TypeVar
 
 import torch
 
+from himoe.kernels.libtorch import symbol
+
 Task = TypeVar("Task")
 Space = TypeVar("Space")
 
 
-@functools.cache
-def _lock(process: int) -> threading.Lock:  # noqa: ARG001 - one that was held when the process forked stays held
-    return threading.Lock()
-
-
 def _compute_alone() -> None:
-    """Give this thread one thread of torch's.
-
-    `torch.set_num_threads` sets the number of the thread that calls it, and the one that threads to come take; the
-    second is put back by a thread that has no other use.
-    """
-    with _lock(os.getpid()):
-        of_others = torch.get_num_threads()  # asked for the first time in a thread, it is what new ones take
-        torch.set_num_threads(1)
-        restorer = threading.Thread(target=torch.set_num_threads, args=(of_others,))
-        restorer.start()
-        restorer.join()
+    """Give this thread one thread of torch's; `torch.set_num_threads` would change what other new threads take, too."""
+    torch.get_num_threads()  # asked for the first time in a thread, it sets that thread's number
+    for name in ("omp_set_num_threads", "MKL_Set_Num_Threads_Local"):
+        if (address := symbol(name)) is not None:
+            ctypes.CFUNCTYPE(None, ctypes.c_int)(address)(1)
 
 
 @functools.cache
@@ -54,7 +46,7 @@ def share_out(do: Callable[[Task, Space], None], tasks: Iterable[Task], spaces: 
     """Call do(task, space) for every task, in their order but `len(spaces)` at a time, each with a space of its own.
 
     With one space it is a plain loop. Callers in several threads share the workers; a task must not call this itself.
-    Gradients are not recorded. What a task raises ends its worker's part, and is raised once nobody works any more.
+    Workers record no gradients. What a task raises ends its worker's part, and is raised once nobody works any more.
     """
     if len(spaces) == 1:
         for task in tasks:
@@ -85,3 +77,4 @@ def share_out(do: Callable[[Task, Space], None], tasks: Iterable[Task], spaces: 
     finally:
         left.clear()
         wait(running)
+        running.clear()  # an error holds this frame, and with it the futures' spaces

@@ -3,8 +3,8 @@
 // Weights are read once, row by row as they lie: forward broadcasts their numbers against a panel of tokens, which were
 // copied anyway; backward copies some rows at a time to panels in the L2 cache. One microkernel, in the vector
 // extensions of GCC and Clang: 6 rows of C by two vectors stay in registers. It reaches nine tenths of the processor's
-// rate. With 16 rows an expert the bound is traffic: of a weight 4 bytes are read in forward, 4 in backward, and 4
-// written, after the system has cleared them, for 12 flops a row. Measured on an EPYC with AVX2 against MKL, one
+// rate. With 16 rows an expert the bound is traffic: of an fp32 weight 4 bytes are read in forward, 4 in backward, and 4
+// written, after the system has cleared them, for 6 flops a row. Measured on an EPYC with AVX2 against MKL, one
 // thread, D 512, F 64: 1.1 to 1.4 times as fast up to 32 rows, up to 1.1 at 64, no faster at 128.
 
 #pragma once
@@ -24,7 +24,7 @@ constexpr Int kLanes = 4;
 #endif
 constexpr Int kPanel = 2 * kLanes;  // columns of a panel: two vectors
 constexpr Int kTileRows = 6;        // 12 sums, two vectors of B and a broadcast fit 16 registers
-constexpr Int kDepth = 256;         // of a product at a time: a panel of it is half of an L1 cache
+constexpr Int kDepth = 256;         // of a product at a time: a panel of it is half of an L1 cache with AVX2
 
 using Vec = float __attribute__((vector_size(kLanes * sizeof(float))));
 using LooseVec = float __attribute__((vector_size(kLanes * sizeof(float)), aligned(alignof(float)), may_alias));
