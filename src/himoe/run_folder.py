@@ -26,8 +26,8 @@ OTHER_FILES = ("report.html", "log.txt", "error.json")
 OTHER_FOLDERS = ("profile", "tensorboard", "wandb", "mlflow")
 CHECKPOINTS = "checkpoints"
 
-FINISHED, STOPPED_EARLY, INTERRUPTED, ALARM = "finished", "stopped early", "interrupted", "stopped by an alarm"
-PRUNED = "pruned"
+FINISHED, STOPPED_EARLY, PRUNED = "finished", "stopped early", "pruned"
+INTERRUPTED, ALARM = "interrupted", "stopped by an alarm"
 """What `status` of summary.json may be."""
 COMPLETE = (FINISHED, STOPPED_EARLY)
 """Those of runs that came to their end."""

@@ -31,6 +31,6 @@ def test_conforms(options, score):
 
 
 def test_options_that_do_not_fit_are_refused():
-    for options in ({"weight": -1.0}, {"weight": math.inf}, {"source": "both"}, {"experts": 0.5}):
+    for options in ({"weight": -1.0}, {"weight": math.inf}, {"source": "both"}, {"experts": 0.5}, {"experts": 0.0}):
         with pytest.raises(ConfigError, match="global_entropy: weight = "):
             GlobalEntropy(**options)

@@ -14,10 +14,9 @@ from himoe.analysis.law import TERMS
 from himoe.analysis.optimum import best
 from himoe.analysis.settings import Mean, Setting, equal_tokens, families, variants
 from himoe.analysis.study import Fitted, Study, formula
-from himoe.errors import DataError, MissingExtraError
-from himoe.files import write_text
+from himoe.errors import DataError
 from himoe.report.numbers import NOTHING, count, show, text_of
-from himoe.report.page import Page, html_table
+from himoe.report.page import Page, html_table, write_document
 
 SHOWN = 12
 MAX_FAMILIES = 6
@@ -37,17 +36,7 @@ def write_page(found: Study, out: Path) -> Path:
         DataError: it cannot be written.
         MissingExtraError: plotly is not installed.
     """
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise MissingExtraError("plotly", "analysis") from error
-    page = build_page(found).document(get_plotlyjs())
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(out, page)
-    except OSError as error:
-        raise DataError(f"cannot write the page to {out}: {error.strerror}; give another file with --out") from error
-    return out
+    return write_document(build_page(found).document, out, extra="analysis", error=DataError)
 
 
 def build_page(found: Study) -> Page:

@@ -39,7 +39,8 @@ class GlobalEntropy(Balancer):
 
     def __init__(self, *, weight: float = 1e-2, experts: float | None = None, source: str = "corrected") -> None:
         super().__init__()
-        if not 0 <= weight < math.inf or source not in ("raw", "corrected") or not 1 <= (experts or 1) < math.inf:
+        possible = experts is None or 1 <= experts < math.inf
+        if not 0 <= weight < math.inf or source not in ("raw", "corrected") or not possible:
             raise ConfigError(
                 f"global_entropy: weight = {weight} must be ≥ 0 and finite, experts = {experts} ≥ 1 or none, "
                 f"source = {source!r} raw or corrected"

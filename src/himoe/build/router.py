@@ -33,7 +33,7 @@ def build_router(moe: MoEConfig, dim: int) -> Router:
         num_experts=moe.num_experts,
         score=score,
         balancer=balancer,
-        renormalize=_renormalizes(moe, selector, score),
+        renormalize=renormalizes(selector, score, moe.top_k) if moe.renormalize is None else moe.renormalize,
     )
     parts = {"moe.gate": moe.gate, "moe.score": moe.score, "moe.selector": moe.selector}
     if own := [f"{key} {name!r}" for key, name in parts.items() if ":" in name]:
@@ -46,12 +46,10 @@ def build_router(moe: MoEConfig, dim: int) -> Router:
     return router
 
 
-def _renormalizes(moe: MoEConfig, selector: Callable[..., Any], score: Callable[..., Any]) -> bool:
-    """Return what the configuration says, else what score or selector were published with, else whether K > 1."""
-    if moe.renormalize is not None:
-        return moe.renormalize
+def renormalizes(selector: Callable[..., Any], score: Callable[..., Any], top_k: int) -> bool:
+    """Return whether weights are divided by their sum: what score or selector was published with, else if K > 1."""
     published = (getattr(unbound(part), "renormalize", None) for part in (score, selector))
-    return next((stated for stated in published if stated is not None), moe.top_k > 1)
+    return next((stated for stated in published if stated is not None), top_k > 1)
 
 
 def _warn_of_what_cannot_learn(moe: MoEConfig, router: Router) -> None:

@@ -71,12 +71,11 @@ def amount(name: str, text: str | None) -> float | None:
     """Return an amount such as 50M or 1e15, None for none."""
     if text is None:
         return None
-    from himoe.plan.search import parse_budget
+    from himoe.plan.search import parse_amount
 
-    try:
-        return parse_budget(f"active={text}")["active"]
-    except ConfigError:
-        raise ConfigError(f"{name} is {text!r}; it must be a number above 0, such as 50M, 7B or 1e15") from None
+    if (found := parse_amount(text)) is None:
+        raise ConfigError(f"{name} is {text!r}; it must be a number above 0, such as 50M, 7B or 1e15")
+    return found
 
 
 def _document(found: Any) -> dict[str, Any]:

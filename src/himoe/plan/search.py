@@ -92,17 +92,27 @@ def parse_budget(text: str) -> dict[str, float]:
             raise ConfigError(
                 f"--budget {text}: no limit {name!r}; known: {', '.join(BUDGETS)}{nearest(name, BUDGETS)}"
             )
-        found = AMOUNT.fullmatch(amount)
-        value = 0.0
-        if found:
-            number, prefix, binary, bare = found.groups()
-            # "7B" is seven billion, "24GB" is bytes: a B alone counts only where no prefix stands before it.
-            power = "b" if prefix == "" and not binary and name != "memory" else (prefix or bare or "").lower()
-            value = float(number) * (1024 if binary else 1000) ** POWERS[power]
-        if not 0 < value < math.inf:
+        value = parse_amount(amount, of_bytes=name == "memory")
+        if value is None:
             raise ConfigError(f"--budget {name}={amount}: must be a number above 0, such as 50M, 7B, 24GB or 1e21")
         limits[name] = value
     return limits
+
+
+def parse_amount(text: str, *, of_bytes: bool = False) -> float | None:
+    """Return an amount such as 50M, 7B or 1e21, of bytes also 24GB or 24GiB; None unless it is a number above 0.
+
+    >>> parse_amount("7B"), parse_amount("24GiB", of_bytes=True), parse_amount("1M,2")
+    (7000000000.0, 25769803776.0, None)
+    """
+    found = AMOUNT.fullmatch(text.strip())
+    if found is None:
+        return None
+    number, prefix, binary, bare = found.groups()
+    # "7B" is seven billion, "24GB" is bytes: a B alone counts only where no prefix stands before it.
+    power = "b" if prefix == "" and not binary and not of_bytes else (prefix or bare or "").lower()
+    value = float(number) * (1024 if binary else 1000) ** POWERS[power]
+    return value if 0 < value < math.inf else None
 
 
 def search(config: Config, limits: dict[str, float], ranks: Ranks | None = None) -> list[Found]:

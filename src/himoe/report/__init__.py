@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from himoe.errors import MissingExtraError, RunFolderError
-from himoe.files import write_text
+from himoe.errors import RunFolderError
 from himoe.report.read import RunFolder
 
 __all__ = ["RunFolder", "write_report"]
@@ -21,17 +20,12 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         MissingExtraError: plotly is not installed.
     """
     folder = RunFolder.open(Path(run))
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise MissingExtraError("plotly", "report") from error
-    from himoe.report.sections import build_page
+    from himoe.report.page import write_document
+
+    def build(plotly: str) -> str:
+        from himoe.report.sections import build_page
+
+        return build_page(folder, plotly)
 
     target = folder.path / "report.html" if out is None else Path(out)
-    page = build_page(folder, get_plotlyjs())
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_text(target, page)
-    except OSError as error:
-        raise RunFolderError(f"cannot write the report to {target}: {error.strerror}; give another file") from error
-    return target
+    return write_document(build, target, extra="report", error=RunFolderError)

@@ -7,15 +7,39 @@ forbids the browser every request.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from html import escape
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
+from himoe.errors import HimoeError, MissingExtraError
+from himoe.files import write_text
 from himoe.report.charts import Chart
 
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'"
 )
+
+
+def write_document(build: Callable[[str], str], out: Path, *, extra: str, error: type[HimoeError]) -> Path:
+    """Write what `build` makes of plotly.js; the file appears complete or not at all. Return where it is.
+
+    Raises:
+        MissingExtraError: plotly, which the extra brings, is not installed.
+        HimoeError: of the kind `error`, where it cannot be written.
+    """
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as missing:
+        raise MissingExtraError("plotly", extra) from missing
+    page = build(get_plotlyjs())
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, page)
+    except OSError as cause:
+        raise error(f"cannot write the report to {out}: {cause.strerror}; give another file with --out") from cause
+    return out
 
 
 def html_table(head: list[str], rows: list[list[str]], label: str, total: bool = False) -> str:

@@ -5,13 +5,15 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, TextColumn
+
+from himoe.train.progress import LiveBar
 
 PLAIN_SECONDS = 30.0
 """Least time between two plain lines."""
 
 
-class SweepProgress:
+class SweepProgress(LiveBar):
     """Counts runs that are done, failed, running and left, and says how long the rest will take.
 
     Args:
@@ -21,28 +23,22 @@ class SweepProgress:
     """
 
     def __init__(self, console: Console, *, total: int, done: int) -> None:
-        self._console, self._total, self._before = console, total, done
+        super().__init__(console, (BarColumn(), TextColumn("{task.description}")), total=total, done=done)
+        self._total, self._before = total, done
         self._done = self._failed = self._running = self._elsewhere = 0
         self._last_plain = monotonic()
         self._first_end: float | None = None
-        self._bar = None
-        if console.is_terminal:
-            self._bar = Progress(BarColumn(), TextColumn("{task.description}"), console=console, refresh_per_second=2)
-            self._task = self._bar.add_task("starting", total=total, completed=done)
 
     def __enter__(self) -> Self:
         if self._before:
             self.say(f"{self._before} of {self._total} runs have ended before")
-        if self._bar:
-            self._bar.start()
-        return self
+        return super().__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar:
-            self._bar.stop()
-        elif kind is None:
+        super().__exit__(kind, error, trace)
+        if not self._bar and kind is None:
             self.say(self.describe())
 
     def show(self, *, running: int, elsewhere: int) -> None:
@@ -82,10 +78,6 @@ class SweepProgress:
             seconds = (monotonic() - self._first_end) / (ended - 1) * still_open
             parts.append(f"about {_time(seconds)} to go")
         return " · ".join(parts)
-
-    def say(self, text: str) -> None:
-        """Print one line above the bar."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _time(seconds: float) -> str:

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from himoe import registry
 from himoe.balance import Balancer, step_balancers
 from himoe.build.calling import construct, try_out
+from himoe.build.router import renormalizes
 from himoe.config.loading import parse_sets
 from himoe.errors import ConfigError
 from himoe.functional import stats
-from himoe.functional.bound import unbound
 from himoe.functional.groups import Groups
 from himoe.nn import MoE, Router, SwiGLUExperts
 
@@ -70,7 +70,7 @@ class Strategy:
             num_experts=E,
             score=score,
             balancer=balancer,
-            renormalize=all(getattr(unbound(part), "renormalize", True) for part in (score, selector)),
+            renormalize=renormalizes(selector, score, K),
         )
 
 

@@ -1,34 +1,32 @@
 """What a person sees while training: a live bar on a terminal, now and then a plain line anywhere else."""
 
+from collections.abc import Sequence
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 
 PLAIN_SECONDS = 10.0
 """Least time between two plain lines."""
 
 
-class TrainingProgress:
-    """Shows the last training line: step, loss, tokens/s, MaxVio and time left.
+class LiveBar:
+    """A bar on a terminal and nothing elsewhere, while it is entered; and lines above it.
 
     Args:
-        console: where to write; a terminal gets a live bar.
-        steps: of the whole run.
-        done: steps already done when this process starts.
+        console: where to write.
+        columns: of the bar.
+        total: how much there is to do.
+        done: how much of it was done before.
     """
 
-    def __init__(self, console: Console, *, steps: int, done: int = 0) -> None:
-        self._console, self._steps, self._first = console, steps, done
-        self._started = perf_counter()
-        self._last_plain = -PLAIN_SECONDS
-        self._bar = None
+    def __init__(self, console: Console, columns: Sequence[ProgressColumn], *, total: int, done: int) -> None:
+        self._console, self._bar = console, None
         if console.is_terminal:
-            columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"))
             self._bar = Progress(*columns, console=console, refresh_per_second=2)
-            self._task = self._bar.add_task("starting", total=steps, completed=done)
+            self._task = self._bar.add_task("starting", total=total, completed=done)
 
     def __enter__(self) -> Self:
         if self._bar:
@@ -40,6 +38,27 @@ class TrainingProgress:
     ) -> None:
         if self._bar:
             self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """Print one line above the bar."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class TrainingProgress(LiveBar):
+    """Shows the last training line: step, loss, tokens/s, MaxVio and time left.
+
+    Args:
+        console: where to write; a terminal gets a live bar.
+        steps: of the whole run.
+        done: steps already done when this process starts.
+    """
+
+    def __init__(self, console: Console, *, steps: int, done: int = 0) -> None:
+        columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"))
+        super().__init__(console, columns, total=steps, done=done)
+        self._steps, self._first = steps, done
+        self._started = perf_counter()
+        self._last_plain = -PLAIN_SECONDS
 
     def advance(self, step: int) -> None:
         """Move the bar to `step`."""
@@ -65,7 +84,3 @@ class TrainingProgress:
         if line["max_vio"] is not None:
             parts.append(f"MaxVio {line['max_vio']:.2f}")
         return " · ".join([*parts, f"{int(seconds) // 60}:{int(seconds) % 60:02} left"])
-
-    def say(self, text: str) -> None:
-        """Print one line above the bar."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
