@@ -28,7 +28,9 @@ def page(name, folder):
     """Read a page; its runs learn the little text of the folder, one at a time."""
     text = (ROOT / name).read_text(encoding="utf-8")
     text = text.replace("--workers 2", "--workers 1")
-    return Page(re.sub(r"^(himoe (?:train|sweep) .*?)( --out)", r"\1 --data text.txt\2", text, flags=re.M), folder)
+    return Page(
+        re.sub(r"^(himoe (?:train|sweep|compare) .*?)( --out)", r"\1 --data text.txt\2", text, flags=re.M), folder
+    )
 
 
 def test_the_python_of_the_readme_runs(folder):
@@ -112,3 +114,17 @@ def test_the_page_of_the_benchmarks_runs_and_names_every_shape(folder):
         shape = SHAPES[name].record()
         assert f"| `{name}` | {', '.join(str(shape[letter]) for letter in 'TDFEK')} |" in text
     assert all(f"`{name}`" in text or name.startswith("qwen3") for name, _, _ in FULL_GPU)
+
+
+def test_the_page_of_comparisons_runs(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    ran = page("docs/comparison.md", folder).run()
+    assert (
+        ran[0] == "mine.toml" and [words.split()[1] for words in ran[1:-1]] == ["compare"] * 4 and ran[-1] == "python"
+    )
+    assert (folder / "comparisons/mine/comparison.html").is_file()
+    assert set(build_table(folder / "comparisons/more").runs().column("recipe").to_pylist()) == {
+        "switch",
+        "quantile",
+        "mine",
+    }

@@ -182,8 +182,8 @@ def split(sweep: Sweep) -> tuple[dict[tuple[Any, ...], list[Row]], list[Left]]:
     settings: dict[tuple[Any, ...], list[Row]] = {}
     left: list[Left] = []
     for row in sweep.rows:
-        if reason := _unusable(row):
-            left.append(_left(row, reason))
+        if reason := unusable(row):
+            left.append(left_of(row, reason))
         else:
             settings.setdefault(identity(sweep, row), []).append(row)
     for key, rows in settings.items():
@@ -191,16 +191,17 @@ def split(sweep: Sweep) -> tuple[dict[tuple[Any, ...], list[Row]], list[Left]]:
         whole: dict[Any, Row] = {}
         for row in sorted(rows, key=lambda one: str(one.get("started") or "")):
             if row["tokens"] < longest * (1 - SAME_LENGTH):
-                left.append(_left(row, f"ended at {row['tokens']:,.0f} of the {longest:,.0f} tokens of its setting"))
+                left.append(left_of(row, f"ended at {row['tokens']:,.0f} of the {longest:,.0f} tokens of its setting"))
                 continue
             if row["seed"] in whole:
-                left.append(_left(whole[row["seed"]], "the same seed was run again later"))
+                left.append(left_of(whole[row["seed"]], "the same seed was run again later"))
             whole[row["seed"]] = row
         settings[key] = list(whole.values())
     return settings, left
 
 
-def _unusable(row: Row) -> str:
+def unusable(row: Row) -> str:
+    """Return why no mean may hold this run; nothing where one may."""
     if row["status"] != "done":
         at = f" after {row['tokens']:,.0f} tokens" if number(row.get("tokens")) else ""
         error = f": {row['error']}" if row.get("error") else ""
@@ -210,5 +211,6 @@ def _unusable(row: Row) -> str:
     return ""
 
 
-def _left(row: Row, reason: str) -> Left:
+def left_of(row: Row, reason: str) -> Left:
+    """Return the run as one that is left out."""
     return Left(str(row["run"]), str(row.get("name") or ""), row["seed"], reason)

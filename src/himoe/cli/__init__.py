@@ -16,6 +16,7 @@ import himoe
 from himoe.cli.analyze import Analyze
 from himoe.cli.bench import BENCH_VERBS, Bench
 from himoe.cli.check import Check
+from himoe.cli.compare import Compare
 from himoe.cli.evaluate import Eval
 from himoe.cli.generate import Generate
 from himoe.cli.listing import List
@@ -36,6 +37,7 @@ VERBS = {
     "report": Report,
     "plan": Plan,
     "sweep": Sweep,
+    "compare": Compare,
     "analyze": Analyze,
     "recommend": Recommend,
     "check": Check,

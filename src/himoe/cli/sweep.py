@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from rich.console import Console
 from tyro.conf import Positional, UseAppendAction
 
+from himoe.cli.many_runs import ManyRuns
 from himoe.cli.parsing import Verb, option
 from himoe.cli.sweep_tables import (
     print_answer,
@@ -20,13 +21,13 @@ from himoe.cli.sweep_tables import (
 )
 from himoe.config.loading import parse_sets
 from himoe.errors import ConfigError
-from himoe.sweep import EngineOptions, Spec, build_table, expand, load_spec, query, run_sweep
+from himoe.sweep import Spec, build_table, expand, load_spec, query, run_sweep
 from himoe.sweep.checks import check_runs
 from himoe.sweep.expand import num_combinations
 
 
 @dataclass(kw_only=True)
-class Sweep(Verb):
+class Sweep(ManyRuns):
     """Do all runs of a sweep: every value of its axes with every other.
 
     Started again, also with more values, it does what has not ended yet.
@@ -58,24 +59,8 @@ class Sweep(Verb):
     """What to learn, in place of what the sweep says."""
     changes: Annotated[UseAppendAction[tuple[str, ...]], option("KEY=VALUE", "set")] = ()
     """Set one value in all runs, in the place of an axis of that name; may be given often."""
-    workers: Annotated[int, option("N")] = 1
-    """Runs at a time. Without it: 1."""
-    engine: Annotated[str, option("local|ray|slurm")] = "local"
-    """Where runs go: processes on this machine, actors on Ray, or jobs of Slurm. Without it: local."""
     early_stop: Annotated[str | None, option("asha")] = None
     """End runs early whose validation cross-entropy is behind that of others at the same step. Without it: no run."""
-    retries: Annotated[int, option("N")] = 1
-    """How often a failed run is tried again. Without it: 1."""
-    cpus_per_run: Annotated[int | None, option("N")] = None
-    """Cores of a run. Without it: an equal part of this machine's; 1 on Ray and Slurm."""
-    gpus_per_run: Annotated[float, option("N")] = 0.0
-    """GPUs of a run, also a part of one, as in 0.25 for four runs to a GPU; Slurm gives whole ones.
-    Without it: 0, which on this machine leaves all GPUs to all runs."""
-    address: Annotated[str | None, option("ADDRESS")] = None
-    """Of an existing Ray cluster, or auto to find it. Without it: one is started on this machine."""
-    slurm: Annotated[UseAppendAction[tuple[str, ...]], option("KEY=VALUE")] = ()
-    """What Slurm is told, in submitit's words, as in slurm_partition=gpu or timeout_min=60; may be given often.
-    Without it: what Slurm does by default."""
     dry_run: Annotated[bool, option()] = False
     """Print the runs, and start none. Refuses what building their models refuses; the text is not looked at."""
 
@@ -92,23 +77,12 @@ class Sweep(Verb):
             return 0
         if self.out is None:
             raise ConfigError("--out: say where the sweep goes, as in --out sweeps/mine")
-        if self.retries < 0:
-            raise ConfigError(f"--retries {self.retries}: must be ≥ 0")
-        options = EngineOptions(
-            cpus_per_run=self.cpus_per_run,
-            gpus_per_run=self.gpus_per_run,
-            address=self.address,
-            slurm=_settings(self.slurm),
-        )
         result = run_sweep(
             spec,
             self.out,
-            workers=self.workers,
-            engine=self.engine,
-            retries=self.retries,
             early_stop=self.early_stop,
-            options=options,
             console=Console(stderr=True),
+            **self.how(),
         )
         if self.as_json:
             rows = [{"run": run.id, "name": run.name, "status": result.status[run.id]} for run in result.runs]
@@ -137,16 +111,6 @@ def _flat(tree: dict[str, Any]) -> dict[str, Any]:
     for section, value in tree.items():
         flat |= {f"{section}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {section: value}
     return flat
-
-
-def _settings(given: tuple[str, ...]) -> tuple[tuple[str, str | int], ...]:
-    found: list[tuple[str, str | int]] = []
-    for text in given:
-        key, equals, value = text.partition("=")
-        if not key or not equals:
-            raise ConfigError(f"--slurm {text}: must look like key=value, as in --slurm slurm_partition=gpu")
-        found.append((key, int(value) if value.isdigit() else value))
-    return tuple(found)
 
 
 @dataclass(kw_only=True)

@@ -58,11 +58,16 @@ KEYS = ("active_parameters", "total_parameters", "tokens")
 
 
 def print_result(console: Console, result: SweepResult) -> None:
-    """Print how many runs ended how, those that failed and why, and where the table is."""
+    """Print how many runs ended how, where the table is, and which failed."""
     counts = ", ".join(f"{number} {status}" for status, number in sorted(result.counts.items()))
     console.print(
         f"{len(result.runs)} runs: {counts}; table {result.out / 'runs.parquet'}", highlight=False, soft_wrap=True
     )
+    print_failures(console, result)
+
+
+def print_failures(console: Console, result: SweepResult) -> None:
+    """Print which runs failed, and why."""
     names = {run.id: run.name for run in result.runs}
     for id, error in list(result.errors.items())[:SHOWN_FAILURES]:
         log = result.out / "runs" / id / "log.txt"

@@ -48,6 +48,7 @@ def words(varied: Mapping[str, Any]) -> str:
     for key, short in zip(varied, last, strict=True):
         value = varied[key]
         text = value if isinstance(value, str) else format_value(value)
+        text = Path(text).stem if key == "recipe" else text
         text = text if len(text) <= LONGEST_WORD else f"{text[: LONGEST_WORD - 1]}…"
         parts.append(f"{short if last.count(short) == 1 else key}={text}")
     return " ".join(parts)

@@ -1,0 +1,127 @@
+"""`himoe compare`: strategies against each other on one recipe, seed by seed."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from rich.console import Console
+from tyro.conf import Positional, UseAppendAction
+
+from himoe.cli.comparison_tables import print_comparison
+from himoe.cli.many_runs import ManyRuns
+from himoe.cli.parsing import option
+from himoe.cli.sweep_tables import print_failures, print_runs, runs_as_rows
+from himoe.config import Config
+from himoe.errors import ConfigError, RunFolderError
+from himoe.sweep.checks import check_runs
+from himoe.sweep.comparison import compare_strategies, planned_runs
+from himoe.sweep.strategies import strategies
+
+
+@dataclass(kw_only=True)
+class Compare(ManyRuns):
+    """Say which of several strategies is better, and how surely.
+
+    All have one data order for a seed, equal active FLOPs, and one learning rate, tuned on all of them with a seed that
+    is not compared. Started again, also with more strategies or seeds, it does what has not ended yet.
+
+    Examples:
+      himoe compare --strategies hi_moe,switch,dense --out comparisons/mine
+          presets with their default options, and one dense network of the same cost, over the default recipe
+      himoe compare lm_small --strategies hi_moe,quantile,mine.toml --seeds 8 --out comparisons/mine
+          a balancer beside top-k, and a recipe of your own
+      himoe compare --strategies hi_moe,switch --set train.steps=200 --learning-rate 4e-3 --out comparisons/mine
+          shorter runs, at a learning rate that is known
+      himoe compare --strategies hi_moe,switch,dense --out comparisons/mine --against dense
+          the same runs, seen from another of them
+    """
+
+    recipe: Annotated[Positional[str | None], option("[RECIPE]")] = None
+    """What the strategies lie over: a recipe (himoe list recipes), or a TOML file. Without it: lm_demo."""
+    strategies: Annotated[str, option("A,B,…")] = ""
+    """Presets (himoe list presets) with their default options, balancers (himoe list balancers) beside plain top-k,
+    dense, or recipes and TOML files as they are."""
+    seeds: Annotated[int, option("N")] = 5
+    """How many seeds each is trained with: 1 to N."""
+    against: Annotated[str | None, option("NAME")] = None
+    """Which one the others are compared with. Without it: the first."""
+    learning_rate: Annotated[float | None, option("RATE")] = None
+    """Of all runs. Without it: tuned, by factors of 2, by the mean validation loss of all strategies on seed 0."""
+    out: Annotated[Path | None, option("DIR")] = None
+    """Folder of the comparison: a sweep's, and the page comparison.html."""
+    data: Annotated[Path | None, option("PATH")] = None
+    """What to learn, in place of what the recipe says."""
+    changes: Annotated[UseAppendAction[tuple[str, ...]], option("KEY=VALUE", "set")] = ()
+    """Set one value for all; may be given often. Strategies go over it."""
+    dry_run: Annotated[bool, option()] = False
+    """Print the runs, those of the tuning as far as they are known, and start none."""
+
+    def run(self, command: list[str]) -> int:  # noqa: ARG002
+        """Train, compare, write the page, and print; return 1 where runs failed."""
+        found = self._strategies()
+        console = Console(stderr=self.as_json)
+        if self.dry_run:
+            return self._dry_run(found, console)
+        if self.out is None:
+            raise ConfigError("--out: say where the comparison goes, as in --out comparisons/mine")
+        if self.out.exists() and not self.out.is_dir():
+            raise RunFolderError(f"{self.out} is a file; a comparison needs a folder: choose another with --out")
+        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
+            raise ConfigError(f"--learning-rate {self.learning_rate:g}: must be above 0")
+        from himoe.analysis.comparison_page import write_comparison
+
+        compared = compare_strategies(
+            found,
+            self.out,
+            seeds=self.seeds,
+            against=self.against,
+            learning_rate=self.learning_rate,
+            console=Console(stderr=True),
+            **self.how(),
+        )
+        page = write_comparison(compared.comparison, self.out / "comparison.html")
+        if self.as_json:
+            print(json.dumps({**document(compared.comparison), "out": str(self.out), "report": str(page)}))
+        else:
+            print_comparison(console, compared.comparison, str(page))
+            print_failures(console, compared.result)
+        return 1 if compared.result.counts["failed"] else 0
+
+    def _strategies(self) -> dict[str, Config]:
+        names = [name.strip() for name in self.strategies.split(",") if name.strip()]
+        if not names:
+            raise ConfigError("--strategies: name two or more, as in hi_moe,switch,dense")
+        data = (f'data.path="{self.data}"',) if self.data else ()
+        return strategies(names, self.recipe, (*self.changes, *data))
+
+    def _dry_run(self, found: Mapping[str, Config], console: Console) -> int:
+        runs = planned_runs(found, self.seeds, self.learning_rate)
+        check_runs(runs, console, text=False)
+        rows = runs_as_rows(runs)
+        print(json.dumps({"runs": rows})) if self.as_json else print_runs(console, rows, 0)
+        return 0
+
+
+def document(found: Any) -> dict[str, Any]:
+    """Return a comparison as one tree."""
+    strategies = []
+    for one in found.strategies:
+        tree = asdict(one)
+        tree["runs"] = {str(seed): row["run"] for seed, row in tree.pop("rows").items()}
+        strategies.append(tree)
+    tuning = None
+    if found.tuning is not None:
+        losses = {f"{rate:g}": one for rate, one in found.tuning.losses.items()}
+        tuning = {**asdict(found.tuning), "losses": losses, "at_end": found.tuning.at_end}
+    return {
+        "against": found.against,
+        "strategies": strategies,
+        "verdicts": [{**asdict(one), "sentence": one.sentence()} for one in found.verdicts],
+        "domains": {domain: [asdict(one) for one in verdicts] for domain, verdicts in found.domains.items()},
+        "learning_rate": found.learning_rate,
+        "tuning": tuning,
+        "left_out": [asdict(one) for one in found.left],
+        "notes": found.notes,
+    }

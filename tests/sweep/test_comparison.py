@@ -1,0 +1,235 @@
+"""Strategies against each other: what they are, the tuning, the pairs, the tables and the page."""
+
+import json
+
+import pytest
+from sweep_case import LOSS_OF
+
+from himoe.analysis.comparison_page import build_page
+from himoe.cli import main
+from himoe.config import load_config
+from himoe.errors import ConfigError, DataError
+from himoe.sweep import build_table, compare_strategies, strategies
+from himoe.sweep.strategies import training_flops, unequal
+
+NAMES = ["hi_moe", "moge", "dense"]
+RUNNER = "sweep_case:by_strategy"
+
+
+def compared(out, console, names=NAMES, **options):
+    found = strategies(names, "lm_tiny", ["train.steps=8", "train.learning_rate=0.006"])
+    return compare_strategies(found, out, console=console, **{"seeds": 4, "runner": RUNNER, "retries": 0} | options)
+
+
+# --- what a name stands for
+
+
+def test_a_name_is_a_preset_with_its_defaults_a_balancer_a_dense_model_or_a_file(tmp_path):
+    (tmp_path / "mine.toml").write_text('recipe = "lm_tiny"\n[moe]\npreset = "switch"\noptions = { alpha = 0.5 }\n')
+    names = ["hi_moe", "switch", "quantile", "load", "dense", "lm_tiny", str(tmp_path / "mine.toml")]
+    found = strategies(names, "lm_demo", ["train.steps=70", "moe.expert_dim=64"])
+    assert list(found) == ["hi_moe", "switch", "quantile", "load", "dense", "lm_tiny", "mine"]
+    assert {config.train.steps for config in found.values()} == {70}
+    assert {name: config.moe.preset for name, config in found.items()} == {
+        "hi_moe": "hi_moe", "switch": "switch", "quantile": None, "load": None, "dense": "hi_moe", "lm_tiny": "hi_moe",
+        "mine": "switch",
+    }  # fmt: skip
+    recipe = load_config("lm_demo")
+    assert recipe.moe.options and recipe.moe.balancers  # which are no strategy's default
+    assert found["hi_moe"].moe.options == {} == found["switch"].moe.options and not found["hi_moe"].moe.balancers
+    for name in ("quantile", "load"):
+        moe = found[name].moe
+        assert (moe.selector, moe.score, [one.name for one in moe.balancers]) == ("top_k", "softmax", [name])
+    assert found["load"].moe.gate == "noisy"
+    dense = found["dense"]
+    assert dense.moe_layer_indices == [] and dense.model.ffn_dim == recipe.moe.top_k * 64
+    assert found["mine"].moe.options == {"alpha": 0.5} and found["mine"].model.dim == load_config("lm_tiny").model.dim
+
+
+def test_what_the_recipe_has_of_a_gate_does_not_stay_beside_a_balancer():
+    found = strategies(["switch", "quantile"], "lm_tiny", ["moe.selector=top_k", "moe.gate=cosine",
+                                                             "moe.gate_options={ proj_dim = 4 }"])  # fmt: skip
+    assert found["quantile"].moe.gate == "linear" and found["quantile"].moe.gate_options == {}
+
+
+@pytest.mark.parametrize("recipe", ["lm_tiny", "lm_demo", "lm_small"])
+def test_presets_and_the_dense_model_cost_the_same(recipe):
+    costs = training_flops(strategies(["hi_moe", "moge", "switch", "loss_free", "quantile", "dense"], recipe))
+    assert unequal(costs, "hi_moe") == {}
+    assert costs["hi_moe"] == costs["switch"] > costs["dense"] > 0.97 * costs["hi_moe"]
+    assert unequal(costs | {"more": 1.04 * costs["hi_moe"]}, "hi_moe") == {"more": pytest.approx(0.04)}
+
+
+@pytest.mark.parametrize(
+    ("names", "sets", "message"),
+    [
+        (["hi_moe"], [], "name two or more"),
+        (["hi_moe", "hi_moe"], [], "name two or more"),
+        (["hi_moe", "swich"], [], "swich: no such strategy; did you mean 'switch'?"),
+        (["hi_moe", "none.toml"], [], "no configuration file none.toml"),
+        (["lm_small_switch", "lm_tiny"], ["moe.preset=switch"], ""),
+        (["dense", "hi_moe"], ["moe.every=0"], "dense already"),
+        (["dense", "hi_moe"], ["moe.every=2"], "dense layers of width 64 beside experts of 128"),
+        (
+            ["dense", "hi_moe"],
+            ["moe.pools=[{num_experts=4,expert_dim=8},{num_experts=4,expert_dim=16}]"],
+            "no one width",
+        ),
+    ],
+)
+def test_what_is_no_comparison_is_refused(names, sets, message):
+    if message:
+        with pytest.raises(ConfigError, match=message.replace("[", r"\[").replace("?", r"\?")):
+            strategies(names, "lm_tiny", sets)
+    else:
+        found = strategies(names, "lm_tiny", sets)
+        with pytest.raises(ConfigError, match="differ in data, so"):
+            compare_strategies(found, None, learning_rate=1e-3)
+
+
+def test_two_names_of_one_thing_are_refused(tmp_path):
+    (tmp_path / "again.toml").write_text('recipe = "lm_tiny"\n')
+    with pytest.raises(ConfigError, match="the same configuration as lm_tiny"):
+        strategies(["lm_tiny", str(tmp_path / "again.toml")], "lm_tiny")
+    (tmp_path / "switch.toml").write_text('recipe = "lm_tiny"\n')
+    with pytest.raises(ConfigError, match="another one is called switch"):
+        strategies(["switch", str(tmp_path / "switch.toml")], "lm_tiny")
+
+
+# --- tuning, pairs
+
+
+def test_the_rate_is_tuned_on_all_of_them_until_the_best_lies_within(tmp_path, console):
+    found = compared(tmp_path, console).comparison
+    tuning = found.tuning
+    assert sorted(tuning.losses) == [0.003, 0.006, 0.012, 0.024]  # 0.012 was the best and an end of the first three
+    assert (tuning.chosen, tuning.at_end, tuning.best_of("dense")) == (0.012, False, 0.012)
+    assert tuning.losses[0.012]["hi_moe"] == pytest.approx(LOSS_OF["hi_moe"])
+    table = build_table(tmp_path).runs()
+    assert set(table.column("learning_rate").to_pylist()) == {0.012} and table.num_rows == 12
+    assert tuning.seed == 0 and set(table.column("seed").to_pylist()) == {1, 2, 3, 4}
+    assert build_table(tmp_path / "tuning").runs().num_rows == 12
+
+
+def test_the_search_ends_two_rates_beyond(tmp_path, console):
+    names = strategies(["hi_moe", "moge"], "lm_tiny", ["train.steps=8", "train.learning_rate=0.0001"])
+    found = compare_strategies(names, tmp_path, seeds=2, runner=RUNNER, console=console).comparison
+    assert len(found.tuning.losses) == 5 and found.tuning.at_end
+    assert found.learning_rate == found.tuning.chosen == pytest.approx(0.0008)
+
+
+def test_a_rate_at_which_one_failed_is_not_chosen(tmp_path, console, monkeypatch):
+    monkeypatch.setattr("himoe.sweep.comparison.TUNING_SEED", 3)  # that of which switch fails
+    with pytest.raises(DataError, match=r"at no learning rate of 0\.003, 0\.006, 0\.012 did every strategy finish"):
+        compared(tmp_path, console, ["hi_moe", "switch"])
+
+
+def test_pairs_are_by_seed_and_the_word_by_their_spread(tmp_path, console):
+    done = compared(tmp_path, console, learning_rate=0.012)
+    found = done.comparison
+    assert [one.name for one in found.strategies][2] == "dense" and found.against == "hi_moe"
+    assert found.tuning is None and not (tmp_path / "tuning").exists()
+    dense, moge = found.verdict_of("dense"), found.verdict_of("moge")
+    # the seed moves the loss by up to 0.6, the difference by up to 0.006
+    assert (dense.word, moge.word) == ("worse", "no difference seen")
+    assert dense.difference == pytest.approx(0.3 + 0.003 * (1 + 2 + 0 + 1) / 4)
+    assert dense.low > 0.29 and dense.seeds == (1, 2, 3, 4)
+    assert found.verdict_of("hi_moe") is None
+    by_domain = {domain: {one.name: one for one in told} for domain, told in found.domains.items()}
+    assert by_domain["prose"]["dense"].difference == pytest.approx(dense.difference / 2)
+    hi_moe = next(one for one in found.strategies if one.name == "hi_moe")
+    assert (
+        hi_moe.loss.value == pytest.approx(3.0 + 0.2 * 2.5)
+        and hi_moe.domains["<code>"].value < hi_moe.domains["prose"].value
+    )
+    assert hi_moe.balance["cv"]["expert"].value == 0.2 and hi_moe.seconds.value == 2.0
+    again = compared(tmp_path, console, learning_rate=0.012, against="dense")
+    assert not again.result.outcomes and again.comparison.verdict_of("hi_moe").word == "better"
+    more = compared(tmp_path, console, learning_rate=0.012, seeds=5)
+    assert len(more.result.outcomes) == 3
+
+
+def test_a_seed_that_failed_is_in_no_pair_and_told_of(tmp_path, console):
+    done = compared(tmp_path, console, ["hi_moe", "switch"], learning_rate=0.012)
+    found = done.comparison
+    assert found.verdicts[0].seeds == (1, 2, 4) and found.verdicts[0].alone == (3,)
+    assert [(one.name, "no third one" in one.reason) for one in found.left] == [("switch seed=3", True)]
+    assert found.notes == ["switch has no finished run of seed 3: its mean and pairs are of the others"]
+    page = build_page(found).document("")
+    assert "no third one" in page and "&lt;code&gt;" in page and "<code>" not in page
+
+
+def test_a_strategy_of_which_nothing_finished_is_told_of(tmp_path, console, monkeypatch):
+    found = strategies(["hi_moe", "moge", "switch"], "lm_tiny", ["train.steps=8"])
+    first = compare_strategies(found, tmp_path, seeds=2, learning_rate=1e-3, runner=RUNNER, console=console)
+    assert {one.name for one in first.comparison.strategies} == {"hi_moe", "moge", "switch"}
+    how = {"seeds": 2, "learning_rate": 1e-3, "runner": "sweep_case:only_hi_moe_and_moge", "retries": 0}
+    failing = compare_strategies(found, tmp_path / "x", console=console, **how).comparison
+    assert "none of the runs of switch finished: it is in no table" in failing.notes
+    with pytest.raises(DataError, match="no finished run of switch"):
+        compare_strategies(found, tmp_path / "x", against="switch", console=console, **how)
+
+
+# --- the verb
+
+
+def said(capsys, *words, status=0):
+    assert main(["compare", *words]) == status
+    return capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--strategies: name two or more"),
+        (["--strategies", "hi_moe"], "--strategies: name two or more"),
+        (["--strategies", "hi_moe,switch"], "--out: say where"),
+        (["lm_tony", "--strategies", "hi_moe,switch"], "did you mean 'lm_tiny'?"),
+        (
+            ["--strategies", "hi_moe,switch", "--out", "x", "--against", "moge"],
+            "--against moge: must be one of hi_moe, switch",
+        ),
+        (["--strategies", "hi_moe,switch", "--out", "x", "--seeds", "1"], "--seeds 1: must be ≥ 2"),
+        (
+            ["--strategies", "hi_moe,switch", "--out", "x", "--learning-rate", "-1"],
+            "--learning-rate -1: must be above 0",
+        ),
+        (["lm_tiny", "--strategies", "hi_moe,expert_choice", "--dry-run"], "recipe=expert_choice seed=0: "),
+        (["--strategies", "hi_moe,switch", "--out", "file"], "file is a file"),
+        (["--strategies", "hi_moe,switch", "--out", "x", "--set", "train.stops=1"], "train.stops"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    error = said(capsys, *words, status=2).err
+    assert message in error and error.startswith("himoe: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_dry_run_names_the_runs_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["lm_tiny", "--strategies", "hi_moe,dense", "--seeds", "3", "--dry-run", "--json"]
+    runs = json.loads(said(capsys, *words).out)["runs"]
+    assert len(runs) == 3 * 2 + 2 * 3 and runs[0]["name"] == "learning_rate=0.0015 recipe=hi_moe seed=0"
+    assert len(json.loads(said(capsys, *words, "--learning-rate", "1e-3").out)["runs"]) == 6
+    assert not list(tmp_path.iterdir())
+
+
+def test_real_runs_end_in_tables_a_page_and_one_document(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("".join(f"{i} words, some others, {i * i}\n\n" for i in range(3000)))
+    words = ["lm_tiny", "--strategies", "hi_moe,switch,dense", "--data", "text.txt", "--seeds", "2", "--out", "out",
+             "--set", "train.steps=4", "--learning-rate", "3e-3"]  # fmt: skip
+    text = said(capsys, *words).out
+    assert "3 strategies, 2 seeds, 2.048K tokens a run, learning rate 0.003, as given" in text
+    assert "switch against hi_moe: " in text and "report: out/comparison.html" in text
+    found = json.loads(said(capsys, *words, "--json").out)
+    assert {one["name"] for one in found["strategies"]} == {"hi_moe", "switch", "dense"}
+    assert {one["name"]: set(one["balance"]["cv"]) for one in found["strategies"]} == {
+        "hi_moe": {"expert", "group"}, "switch": {"expert", "group"}, "dense": set(),
+    }  # fmt: skip
+    assert found["verdicts"][0]["sentence"].endswith("four times in five")
+    page = (tmp_path / "out/comparison.html").read_text(encoding="utf-8")
+    assert "Difference to hi_moe" in page and "http:" not in page.partition("<script>")[0]
+    assert main(["train", "out/strategies/switch.json", "--dry-run"]) == 0
