@@ -24,17 +24,18 @@ from himoe.sweep.strategies import strategies
 class Compare(ManyRuns):
     """Say which of several strategies is better, and how surely.
 
-    All have one data order for a seed, equal active FLOPs, and one learning rate, tuned on all of them with a seed that
-    is not compared. Started again, also with more strategies or seeds, it does what has not ended yet.
+    All share data order, FLOPs, and a learning rate, tuned with a seed of its own.
+
+    Started again, also with more seeds, it does what has not ended yet.
 
     Examples:
       himoe compare --strategies hi_moe,switch,dense --out comparisons/mine
-          presets with their default options, and one dense network of the same cost, over the default recipe
-      himoe compare lm_small --strategies hi_moe,quantile,mine.toml --seeds 8 --out comparisons/mine
+          presets with their default options, and a dense network of equal cost
+      himoe compare lm_small --strategies hi_moe,quantile,mine.toml --out DIR
           a balancer beside top-k, and a recipe of your own
-      himoe compare --strategies hi_moe,switch --set train.steps=200 --learning-rate 4e-3 --out comparisons/mine
-          shorter runs, at a learning rate that is known
-      himoe compare --strategies hi_moe,switch,dense --out comparisons/mine --against dense
+      himoe compare --strategies hi_moe,switch --learning-rate 4e-3 --out DIR
+          at a learning rate that is known
+      himoe compare --strategies hi_moe,switch,dense --out DIR --against dense
           the same runs, seen from another of them
     """
 
