@@ -47,6 +47,10 @@ class CheckpointError(HimoeError):
     """A checkpoint that is damaged, foreign, or does not fit the model."""
 
 
+class RunsFailedError(HimoeError):
+    """So many runs failed that there is nothing to say of the rest."""
+
+
 class KernelError(HimoeError):
     """A kernel that could not finish its work."""
 

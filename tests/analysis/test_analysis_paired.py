@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.special import stdtr
 
 from himoe.analysis import compare, verdict
 from himoe.analysis.paired import bca, detectable, holm
@@ -52,6 +53,20 @@ def test_several_comparisons_are_corrected():
     assert alone.word == "worse" and alone.adjusted_p == alone.p < 0.05
     assert among.word == "no difference seen" and among.adjusted_p == pytest.approx(2 * alone.p)
     assert among.low > 0  # the interval stays that of one comparison
+    spread = float(np.std(rest["b"], ddof=1))
+    assert alone.detectable == pytest.approx(detectable(spread, 5))
+    assert among.detectable == pytest.approx(detectable(spread, 5, alpha=0.025))
+
+
+def test_what_is_detectable_among_several_is_found_in_four_of_five():
+    draw, n, others = np.random.default_rng(1), 5, 4
+    shift, found = detectable(1.0, n, alpha=0.05 / (1 + others)), 0
+    for _ in range(1000):
+        noise = draw.standard_normal((1 + others, n))
+        noise[0] += shift
+        t = noise.mean(axis=1) / (noise.std(axis=1, ddof=1) / np.sqrt(n))
+        found += holm([float(2 * stdtr(n - 1, -abs(one))) for one in t])[0] < 0.05
+    assert 0.78 < found / 1000 < 0.9
 
 
 def test_detectable_differences_match_published_tables():

@@ -4,7 +4,7 @@ import math
 import time
 
 from himoe.files import write_json
-from himoe.run_folder import Log, read_log
+from himoe.run_folder import Log, read_json, read_log
 
 FILL = "sweep_case:fill"
 FEW = {"recipe": "lm_tiny", "set": {"train.steps": 8}, "axes": {"moe.preset": ["hi_moe", "switch"], "seed": [0, 1]}}
@@ -69,8 +69,30 @@ def by_strategy(config, folder, prune=None):
     })  # fmt: skip
 
 
-def only_hi_moe_and_moge(config, folder, prune=None):
-    """Fail for every other preset."""
-    if config.moe.preset not in ("hi_moe", "moge"):
+def fails_at_the_best_rate(config, folder, prune=None):
+    """As by_strategy, but moge diverges at the rate of 0.012."""
+    if config.moe.preset == "moge" and config.train.learning_rate == 0.012:
+        raise ValueError("diverged")
+    by_strategy(config, folder, prune)
+
+
+def some_fail(config, folder, prune=None):
+    """Finish seed 1 of hi_moe alone, seed 2 of moge alone, no switch, and every dense run."""
+    works = {"hi_moe": (1,), "moge": (2,), "switch": ()}.get(
+        config.moe.preset if config.moe_layer_indices else "", (1, 2)
+    )
+    if config.seed not in works:
         raise ValueError("not this one")
     by_strategy(config, folder, prune)
+
+
+def one_is_short(config, folder, prune=None):
+    """As by_strategy, but seed 2 of moge ends at half of its tokens."""
+    by_strategy(config, folder, prune)
+    if config.moe.preset == "moge" and config.seed == 2:
+        write_json(folder / "summary.json", {**read_json(folder / "summary.json"), "tokens": 256})
+
+
+def none_works(config, folder, prune=None):
+    """Fail always."""
+    raise ValueError("none works")

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from himoe.analysis.paired import Verdict, compare
-from himoe.analysis.runs import Left, Row, Sweep, left_of, number, unusable
-from himoe.analysis.settings import Mean, student
-from himoe.errors import ConfigError, DataError
+from himoe.analysis.runs import SAME_LENGTH, Left, Row, Sweep, left_of, number, unusable
+from himoe.analysis.settings import Mean, mean_of, student
+from himoe.errors import RunsFailedError
 
 LEVELS = ("expert", "group")
-BALANCE = ("cv", "max_vio")
+BALANCE = {"cv": "CV", "max_vio": "MaxVio"}
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,32 @@ class Tuning:
         losses: of each rate, in ascending order, the validation loss of every strategy; None where a run failed or was
             stopped.
         seed: of these runs, which no compared run has.
-        chosen: the rate of the lowest mean over the strategies.
+        failures: those that failed or were stopped, with the reason.
     """
 
     losses: dict[float, dict[str, float | None]]
     seed: int
-    chosen: float
+    failures: list[str]
+
+    @property
+    def usable(self) -> dict[float, float]:
+        """Return the mean loss over the strategies at each rate at which all of them finished."""
+        return {
+            rate: fmean(loss for loss in one.values() if loss is not None)
+            for rate, one in self.losses.items()
+            if None not in one.values()
+        }
+
+    @property
+    def chosen(self) -> float:
+        """Return the rate of the lowest mean."""
+        means = self.usable
+        return min(means, key=lambda rate: means[rate])
 
     @property
     def at_end(self) -> bool:
         """True where a lower or a higher rate might have been better still."""
-        return self.chosen in (min(self.losses), max(self.losses))
+        return self.chosen in (min(self.usable), max(self.usable))
 
     def best_of(self, strategy: str) -> float | None:
         """Return the rate at which one strategy alone was best."""
@@ -86,7 +102,7 @@ class Comparison:
         sweep: what was read.
         against: the strategy that the others are compared with.
         strategies: the lowest loss first.
-        verdicts: of every other strategy on the validation loss.
+        verdicts: of the others on the validation loss, in the order of `strategies`.
         domains: the same on each domain's bits per byte, corrected over the strategies of one domain.
         learning_rate: of all runs.
         tuning: how it was found; None where it was given.
@@ -99,18 +115,35 @@ class Comparison:
     strategies: list[Strategy]
     verdicts: list[Verdict]
     domains: dict[str, list[Verdict]]
-    learning_rate: float | None
+    learning_rate: float
     tuning: Tuning | None
     left: list[Left]
     notes: list[str]
 
-    def verdict_of(self, name: str) -> Verdict | None:
-        """Return the verdict of one strategy; None for the one that the others are compared with."""
-        return next((one for one in self.verdicts if one.name == name), None)
+    @property
+    def base(self) -> Strategy:
+        """Return the strategy that the others are compared with."""
+        return next(one for one in self.strategies if one.name == self.against)
+
+    @property
+    def levels(self) -> list[str]:
+        """Return the levels whose balance is known of some strategy."""
+        return [level for level in LEVELS if any(level in one.balance["cv"] for one in self.strategies)]
+
+    def verdict_of(self, name: str, domain: str | None = None) -> Verdict | None:
+        """Return a strategy's verdict, on one domain or on all text; None for the one that others are compared with."""
+        told = self.verdicts if domain is None else self.domains[domain]
+        return next((one for one in told if one.name == name), None)
 
 
 def comparison(
-    sweep: Sweep, runs: Mapping[str, str], against: str, *, tuning: Tuning | None = None, notes: Sequence[str] = ()
+    sweep: Sweep,
+    runs: Mapping[str, str],
+    against: str,
+    *,
+    learning_rate: float,
+    tuning: Tuning | None = None,
+    notes: Sequence[str] = (),
 ) -> Comparison:
     """Compare strategies.
 
@@ -118,41 +151,43 @@ def comparison(
         sweep: the table of the runs.
         runs: the strategy of every run that counts, by the run's identity; other rows are not looked at.
         against: the strategy that the others are compared with.
-        tuning: how the learning rate was found.
+        learning_rate: of all runs.
+        tuning: how it was found; None where it was given.
         notes: what a reader must know beside what is found here.
 
     Raises:
-        ConfigError: `against` is none of them.
-        DataError: it has no finished run, or no other strategy has.
+        RunsFailedError: it has no finished run, or no other strategy has one with a seed of its.
     """
-    names = list(dict.fromkeys(runs.values()))
-    if against not in names:
-        raise ConfigError(f"--against {against}: must be one of {', '.join(names)}")
+    found: dict[str, dict[Any, Row]] = {name: {} for name in dict.fromkeys(runs.values())}
     rows = [row for row in sweep.rows if str(row["run"]) in runs]
-    found: dict[str, dict[Any, Row]] = {name: {} for name in names}
+    longest = max((float(row["tokens"]) for row in rows if not unusable(row)), default=0.0)
     left: list[Left] = []
     for row in rows:
-        if reason := unusable(row):
-            left.append(left_of({**row, "name": f"{runs[str(row['run'])]} seed={row['seed']}"}, reason))
+        name, reason = runs[str(row["run"])], unusable(row)
+        if not reason and row["tokens"] < longest * (1 - SAME_LENGTH):
+            reason = f"ended at {row['tokens']:,.0f} of {longest:,.0f} tokens"
+        if reason:
+            left.append(left_of({**row, "name": f"{name} seed={row['seed']}"}, reason))
         else:
-            found[runs[str(row["run"])]][row["seed"]] = row
+            found[name][row["seed"]] = row
     whole = {name: by_seed for name, by_seed in found.items() if by_seed}
-    if against not in whole or len(whole) < 2:
-        first = f": {left[0].name} {left[0].reason}" if left else ""
-        raise DataError(f"there is no finished run of {against}, or of any other strategy{first}")
+    paired = {name: by_seed for name, by_seed in whole.items() if set(by_seed) & set(whole.get(against, ()))}
+    if len(paired) < 2:
+        reasons = "; ".join(f"{one.name} {one.reason}" for one in left)
+        what = "no other strategy has a finished run of a seed that it has" if against in whole else "it has none"
+        raise RunsFailedError(f"nothing can be compared with the finished runs of {against}: {what} ({reasons})")
     strategies = sorted((_strategy(name, by_seed) for name, by_seed in whole.items()), key=lambda one: one.loss.value)
-    rates = {number(row.get("learning_rate")) for row in rows}
-    by_seed = {one.name: one.rows for one in strategies}  # so that verdicts have the same order
+    by_seed = {one.name: one.rows for one in strategies if one.name in paired}  # verdicts have the same order
     return Comparison(
         sweep,
         against,
         strategies,
         compare({name: _values(rows, "cross_entropy") for name, rows in by_seed.items()}, against),
         _by_domain(by_seed, against),
-        rates.pop() if len(rates) == 1 else None,
+        learning_rate,
         tuning,
         left,
-        [*notes, *_lacking(names, whole)],
+        [*notes, *_lacking(found, against)],
     )
 
 
@@ -163,36 +198,27 @@ def _values(by_seed: Mapping[Any, Row], column: str) -> dict[Any, float]:
 def _strategy(name: str, by_seed: dict[Any, Row]) -> Strategy:
     rows = list(by_seed.values())
     first = rows[0]
-    domains = list(dict.fromkeys(domain for row in rows for domain in _entries(row, "bits_per_byte_by_domain")))
-    balance = {}
-    for what in BALANCE:
-        levels = {level: mean_of([_entries(row, f"{what}_by_level").get(level) for row in rows]) for level in LEVELS}
-        balance[what] = {level: mean for level, mean in levels.items() if mean is not None}
-    by_domain = {
-        name: mean_of([_entries(row, "bits_per_byte_by_domain").get(name) for row in rows]) for name in domains
-    }
-    of = {column: mean_of([row.get(column) for row in rows])
-          for column in ("bits_per_byte", "dead_experts", "wall_seconds", "tokens_per_second")}  # fmt: skip
+
+    def each(column: str) -> dict[str, Mean]:
+        """Return the means of a column of names and numbers."""
+        names = dict.fromkeys(name for row in rows for name in _entries(row, column))
+        means = {name: mean_of(_entries(row, column).get(name) for row in rows) for name in names}
+        return {name: mean for name, mean in means.items() if mean is not None}
+
     return Strategy(
         name=name,
         rows=by_seed,
         loss=student([float(row["cross_entropy"]) for row in rows]),
-        bits_per_byte=of["bits_per_byte"],
-        domains={name: mean for name, mean in by_domain.items() if mean is not None},
-        balance=balance,
-        dead_experts=of["dead_experts"],
-        seconds=of["wall_seconds"],
-        tokens_per_second=of["tokens_per_second"],
+        bits_per_byte=mean_of(row.get("bits_per_byte") for row in rows),
+        domains=each("bits_per_byte_by_domain"),
+        balance={what: each(f"{what}_by_level") for what in BALANCE},
+        dead_experts=mean_of(row.get("dead_experts") for row in rows),
+        seconds=mean_of(row.get("wall_seconds") for row in rows),
+        tokens_per_second=mean_of(row.get("tokens_per_second") for row in rows),
         active=number(first.get("active_without_embeddings")),
         total=number(first.get("total_parameters")),
         training_flops=number(first.get("training_flops")),
     )
-
-
-def mean_of(values: Sequence[Any]) -> Mean | None:
-    """Return the mean of numbers, None where one is missing."""
-    known = [found for value in values if (found := number(value)) is not None]
-    return student(known) if known and len(known) == len(values) else None
 
 
 def _entries(row: Row, column: str) -> dict[str, Any]:
@@ -202,27 +228,27 @@ def _entries(row: Row, column: str) -> dict[str, Any]:
 
 def _by_domain(whole: Mapping[str, Mapping[Any, Row]], against: str) -> dict[str, list[Verdict]]:
     """Return the verdicts on every domain that all runs have."""
-    rows = [row for by_seed in whole.values() for row in by_seed.values()]
-    names = list(_entries(rows[0], "bits_per_byte_by_domain"))
-    common = [name for name in names if all(number(_entries(row, "bits_per_byte_by_domain").get(name)) is not None
-                                            for row in rows)]  # fmt: skip
-    return {
-        domain: compare(
-            {name: {seed: _entries(row, "bits_per_byte_by_domain")[domain] for seed, row in by_seed.items()}
-             for name, by_seed in whole.items()},
-            against,
-        )
-        for domain in common
-    }  # fmt: skip
-
-
-def _lacking(names: Sequence[str], whole: Mapping[str, Mapping[Any, Row]]) -> list[str]:
-    """Say where strategies lack seeds that others have."""
-    seeds = sorted(set().union(*whole.values()), key=str)
-    found = [f"none of the runs of {name} finished: it is in no table" for name in names if name not in whole]
-    for name, by_seed in whole.items():
-        if missing := [str(seed) for seed in seeds if seed not in by_seed]:
-            found.append(
-                f"{name} has no finished run of seed {', '.join(missing)}: its mean and pairs are of the others"
-            )
+    column = "bits_per_byte_by_domain"
+    scores = {name: {seed: _entries(row, column) for seed, row in by_seed.items()} for name, by_seed in whole.items()}
+    every = [one for by_seed in scores.values() for one in by_seed.values()]
+    found = {}
+    for domain in every[0]:
+        if all(number(one.get(domain)) is not None for one in every):
+            values = {name: {seed: one[domain] for seed, one in by_seed.items()} for name, by_seed in scores.items()}
+            found[domain] = compare(values, against)
     return found
+
+
+def _lacking(found: Mapping[str, Mapping[Any, Row]], against: str) -> list[str]:
+    """Say where strategies lack seeds that others have."""
+    seeds = sorted(set().union(*found.values()), key=str)
+    notes = []
+    for name, by_seed in found.items():
+        missing = ", ".join(str(seed) for seed in seeds if seed not in by_seed)
+        if not by_seed:
+            notes.append(f"none of the runs of {name} can be used: it is in no table")
+        elif name != against and not set(by_seed) & set(found[against]):
+            notes.append(f"{name} shares no seed with the finished runs of {against}: there is no verdict on it")
+        elif missing:
+            notes.append(f"{name} has no finished run of seed {missing}: its mean and pairs are of the others")
+    return notes

@@ -16,7 +16,7 @@ from himoe.analysis.settings import Mean, Setting, equal_tokens, families, varia
 from himoe.analysis.study import Fitted, Study, formula
 from himoe.errors import DataError
 from himoe.report.numbers import NOTHING, count, show, text_of
-from himoe.report.page import Page, html_table, write_document
+from himoe.report.page import Page, html_table, tile, write_document
 
 SHOWN = 12
 MAX_FAMILIES = 6
@@ -88,10 +88,6 @@ def _active(family: list[Setting]) -> str:
     return f"{count(smallest)} ({count(family[0].active)} without embeddings and routers)"
 
 
-def _tile(label: str, value: str, hint: str) -> str:
-    return f'<div class="tile"><dt>{label}</dt><dd class="value">{value}</dd><dd class="hint">{hint}</dd></div>'
-
-
 def _headline(found: Study) -> str:
     rows, settings = found.sweep.rows, found.settings
     used = sum(len(one.runs) for one in settings)
@@ -106,9 +102,9 @@ def _headline(found: Study) -> str:
     if found.left:
         note = f'<p class="note">{len(found.left)} of {len(rows)} runs are in no mean; they are listed at the end.</p>'
     first = settings[0]
-    tiles = [_tile("Lowest loss", show(first.loss.value), f"{text_of(first.name)}; nats per token{_half(first.loss)}")]
+    tiles = [tile("Lowest loss", show(first.loss.value), f"{text_of(first.name)}; nats per token{_half(first.loss)}")]
     if first.bits_per_byte is not None:
-        tiles.append(_tile("Its bits per byte", show(first.bits_per_byte.value), "comparable between tokenizers"))
+        tiles.append(tile("Its bits per byte", show(first.bits_per_byte.value), "comparable between tokenizers"))
     tiles += _law_tiles(found.fitted) if found.fitted else []
     return (
         f'<header><p class="eyebrow">Sweep</p><h1>{text_of(found.sweep.name)}</h1>'
@@ -130,9 +126,9 @@ def _law_tiles(fitted: Fitted) -> list[str]:
         if np.ptp(getattr(law.points, axis)) > 1e-6:
             low, high = np.exp(fitted.ensemble.interval(getattr(spread, axis)[:, 0]))
             value = float(np.exp(getattr(at, axis)[0]))
-            found.append(_tile(label, f"{value:.3g}", f"{form(low)} to {form(high)} at the largest active size"))
+            found.append(tile(label, f"{value:.3g}", f"{form(low)} to {form(high)} at the largest active size"))
     error = fitted.held_out[0]
-    found.append(_tile("Held-out error", f"{100 * error.error:.2f} %", "of the law, on settings it had not seen"))
+    found.append(tile("Held-out error", f"{100 * error.error:.2f} %", "of the law, on settings it had not seen"))
     return found
 
 

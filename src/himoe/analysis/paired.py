@@ -41,7 +41,8 @@ class Verdict:
         p: two-sided p-value of the paired t test.
         adjusted_p: the same after Holm's correction over the comparisons made together.
         detectable: the smallest true difference that this number of seeds and this spread would have shown with 80 %
-            probability, at the level of one comparison.
+            probability or more, at the strictest level that Holm's correction asks for: (1 - level) over the number of
+            comparisons made together.
         seeds: of the pairs, n.
         alone: seeds that only one of both has, and which count nowhere.
         level: of the intervals.
@@ -91,6 +92,7 @@ def verdict(
     *,
     level: float = LEVEL,
     higher_is_better: bool = False,
+    comparisons: int = 1,
 ) -> Verdict:
     """Compare two strategies on one quantity, seed by seed.
 
@@ -101,6 +103,7 @@ def verdict(
         theirs: the other's.
         level: of the intervals; the word is by the p-value at 1 − level.
         higher_is_better: false for a loss.
+        comparisons: how many are made together, for `detectable` alone; `compare` corrects the p-values.
 
     Raises:
         ConfigError: no seed in common.
@@ -129,7 +132,7 @@ def verdict(
         high=mean + half,
         p=p,
         bootstrap=bca(differences, level=level),
-        detectable=detectable(spread, n, alpha=1 - level),
+        detectable=detectable(spread, n, alpha=(1 - level) / comparisons),
     )
     return _judged(found, p)
 
@@ -173,11 +176,10 @@ def compare(
     """
     if against not in values:
         raise ConfigError(f"nothing to compare with is called {against!r}; there are {', '.join(values)}")
-    found = [
-        verdict(name, own, against, values[against], level=level, higher_is_better=higher_is_better)
-        for name, own in values.items()
-        if name != against
-    ]
+    base, options = values[against], {"level": level, "higher_is_better": higher_is_better}
+    others = {name: own for name, own in values.items() if name != against}
+    tests = sum(len(set(own) & set(base)) > 1 for own in others.values())
+    found = [verdict(name, own, against, base, **options, comparisons=max(1, tests)) for name, own in others.items()]
     tested = [i for i, one in enumerate(found) if one.p is not None]
     for i, adjusted in zip(tested, holm([found[i].p or 0.0 for i in tested]), strict=True):
         found[i] = _judged(found[i], adjusted)

@@ -171,7 +171,7 @@ def _paired(same: Sequence[Setting]) -> list[Mean | None]:
 def _setting(sweep: Sweep, rows: list[Row]) -> Setting:
     values = {key: rows[0].get(key) for key in sweep.varied}
     loss = student([float(row["cross_entropy"]) for row in rows])
-    others = [_mean(rows, column) for column in ("bits_per_byte", "cv", "max_vio")]
+    others = [mean_of(row.get(column) for row in rows) for column in ("bits_per_byte", "cv", "max_vio")]
     name = short_name(values) or str(rows[0].get("name") or rows[0]["run"])
     return Setting(name, values, tuple(rows), loss, *others)
 
@@ -197,8 +197,9 @@ def _word(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _mean(rows: Iterable[Row], column: str) -> Mean | None:
-    found = [number(row.get(column)) for row in rows]
+def mean_of(values: Iterable[Any]) -> Mean | None:
+    """Return the mean of numbers and its interval; None where one is missing, or there are none."""
+    found = [number(value) for value in values]
     known = [value for value in found if value is not None]
     return student(known) if known and len(known) == len(found) else None
 

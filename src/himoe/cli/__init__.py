@@ -27,7 +27,7 @@ from himoe.cli.recommend import Recommend
 from himoe.cli.report import Report
 from himoe.cli.sweep import SWEEP_VERBS, Sweep
 from himoe.cli.train import Train
-from himoe.errors import ConfigError, HimoeError, HimoeWarning, nearest
+from himoe.errors import ConfigError, HimoeError, HimoeWarning, RunsFailedError, nearest
 
 VERBS = {
     "prepare": Prepare,
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             return _fail("stopped", 130, debug)
         except HimoeError as error:
-            return _fail(str(error), 2, debug)
+            return _fail(str(error), 1 if isinstance(error, RunsFailedError) else 2, debug)
         except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0

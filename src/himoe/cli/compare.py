@@ -3,21 +3,22 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 from tyro.conf import Positional, UseAppendAction
 
-from himoe.cli.comparison_tables import print_comparison
 from himoe.cli.many_runs import ManyRuns
 from himoe.cli.parsing import option
-from himoe.cli.sweep_tables import print_failures, print_runs, runs_as_rows
+from himoe.cli.sweep_tables import print_runs, runs_as_rows
 from himoe.config import Config
-from himoe.errors import ConfigError, RunFolderError
-from himoe.sweep.checks import check_runs
-from himoe.sweep.comparison import compare_strategies, planned_runs
+from himoe.errors import ConfigError, MissingExtraError, RunFolderError
 from himoe.sweep.strategies import strategies
+
+if TYPE_CHECKING:
+    from himoe.analysis.comparison import Comparison
 
 
 @dataclass(kw_only=True)
@@ -55,7 +56,7 @@ class Compare(ManyRuns):
     data: Annotated[Path | None, option("PATH")] = None
     """What to learn, in place of what the recipe says."""
     changes: Annotated[UseAppendAction[tuple[str, ...]], option("KEY=VALUE", "set")] = ()
-    """Set one value for all; may be given often. Strategies go over it."""
+    """Set one value of the recipe, and of recipes and files among the strategies; may be given often."""
     dry_run: Annotated[bool, option()] = False
     """Print the runs, those of the tuning as far as they are known, and start none."""
 
@@ -69,10 +70,13 @@ class Compare(ManyRuns):
             raise ConfigError("--out: say where the comparison goes, as in --out comparisons/mine")
         if self.out.exists() and not self.out.is_dir():
             raise RunFolderError(f"{self.out} is a file; a comparison needs a folder: choose another with --out")
-        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
-            raise ConfigError(f"--learning-rate {self.learning_rate:g}: must be above 0")
+        # what brings numpy is imported where it is used: other verbs do without
         from himoe.analysis.comparison_page import write_comparison
+        from himoe.cli.comparison_tables import print_comparison
+        from himoe.sweep.comparison import compare_strategies
 
+        if find_spec("plotly") is None:  # which the page needs, in the end
+            raise MissingExtraError("plotly", "analysis")
         compared = compare_strategies(
             found,
             self.out,
@@ -82,22 +86,26 @@ class Compare(ManyRuns):
             console=Console(stderr=True),
             **self.how(),
         )
+        if not self.as_json:
+            print_comparison(console, compared.comparison)
         page = write_comparison(compared.comparison, self.out / "comparison.html")
         if self.as_json:
             print(json.dumps({**document(compared.comparison), "out": str(self.out), "report": str(page)}))
         else:
-            print_comparison(console, compared.comparison, str(page))
-            print_failures(console, compared.result)
-        return 1 if compared.result.counts["failed"] else 0
+            console.print(f"\nreport: {page}", highlight=False, soft_wrap=True)
+        return 1 if compared.comparison.left else 0
 
     def _strategies(self) -> dict[str, Config]:
         names = [name.strip() for name in self.strategies.split(",") if name.strip()]
         if not names:
             raise ConfigError("--strategies: name two or more, as in hi_moe,switch,dense")
-        data = (f'data.path="{self.data}"',) if self.data else ()
-        return strategies(names, self.recipe, (*self.changes, *data))
+        return strategies(names, self.recipe, self.changes, self.data)
 
     def _dry_run(self, found: Mapping[str, Config], console: Console) -> int:
+        from himoe.sweep.checks import check_runs
+        from himoe.sweep.comparison import check_comparison, planned_runs
+
+        check_comparison(found, self.seeds, self.against, self.learning_rate)
         runs = planned_runs(found, self.seeds, self.learning_rate)
         check_runs(runs, console, text=False)
         rows = runs_as_rows(runs)
@@ -105,7 +113,7 @@ class Compare(ManyRuns):
         return 0
 
 
-def document(found: Any) -> dict[str, Any]:
+def document(found: "Comparison") -> dict[str, Any]:
     """Return a comparison as one tree."""
     strategies = []
     for one in found.strategies:
@@ -115,7 +123,8 @@ def document(found: Any) -> dict[str, Any]:
     tuning = None
     if found.tuning is not None:
         losses = {f"{rate:g}": one for rate, one in found.tuning.losses.items()}
-        tuning = {**asdict(found.tuning), "losses": losses, "at_end": found.tuning.at_end}
+        best = {one.name: found.tuning.best_of(one.name) for one in found.strategies}
+        tuning = {**asdict(found.tuning), "losses": losses, "at_end": found.tuning.at_end, "best_of": best}
     return {
         "against": found.against,
         "strategies": strategies,

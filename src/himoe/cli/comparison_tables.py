@@ -10,12 +10,10 @@ from himoe.analysis.settings import Mean
 from himoe.cli.amounts import count
 from himoe.cli.tables import simple_table
 
-WORDS = {"cv": "CV", "max_vio": "MaxVio"}
 
-
-def print_comparison(console: Console, found: Comparison, page: str) -> None:
-    """Print the strategies, their bits per byte by domain, their balance, and the verdicts."""
-    tokens = next(iter(found.strategies[0].rows.values()))["tokens"]
+def print_comparison(console: Console, found: Comparison) -> None:
+    """Print the strategies, their bits per byte by domain, their balance, the verdicts, and how the rate was found."""
+    tokens = max(row["tokens"] for one in found.strategies for row in one.rows.values())
     seeds = max(one.loss.n for one in found.strategies)
     _say(console, f"[bold]{len(found.strategies)} strategies[/bold], {seeds} seeds, {count(tokens)} tokens a run, "
                   f"{_rate(found)}\n")  # fmt: skip
@@ -25,15 +23,17 @@ def print_comparison(console: Console, found: Comparison, page: str) -> None:
     _say(console, f"[bold]Verdict[/bold], on the validation cross-entropy against {escape(found.against)}")
     for verdict in found.verdicts:
         _say(console, f"  {escape(verdict.sentence())}")
+    if found.tuning is not None:
+        own = [f"{one.name} {rate:g}" for one in found.strategies if (rate := found.tuning.best_of(one.name))]
+        _say(console, f"\nalone, they were best at the learning rates: {escape(', '.join(own))}")
     for note in found.notes:
         _say(console, f"[yellow]note[/yellow] {escape(note)}")
     for one in found.left:
         _say(console, f"[yellow]left out[/yellow] {escape(one.name)}: {escape(one.reason)}")
-    _say(console, f"\nreport: {escape(page)}")
 
 
 def _rate(found: Comparison) -> str:
-    rate = "learning rates that differ" if found.learning_rate is None else f"learning rate {found.learning_rate:g}"
+    rate = f"learning rate {found.learning_rate:g}"
     if found.tuning is None:
         return f"{rate}, as given"
     tried = ", ".join(f"{one:g}" for one in found.tuning.losses)
@@ -44,7 +44,7 @@ def _rate(found: Comparison) -> str:
 def _print_losses(console: Console, found: Comparison) -> None:
     names = ["loss", "±", "bits/byte", "against", "95 % interval", "active", "total", "FLOPs", "time", "tokens/s"]
     table = simple_table("strategy", names)
-    base = next(one for one in found.strategies if one.name == found.against)
+    base = found.base
     for one in found.strategies:
         verdict = found.verdict_of(one.name)
         against = ["", ""] if verdict is None else [f"{verdict.difference:+.4f}", _interval(verdict.low, verdict.high)]
@@ -78,8 +78,8 @@ def _print_domains(console: Console, found: Comparison) -> None:
     sure = False
     for one in found.strategies:
         cells = []
-        for domain, verdicts in found.domains.items():
-            verdict = next((each for each in verdicts if each.name == one.name), None)
+        for domain in found.domains:
+            verdict = found.verdict_of(one.name, domain)
             mark = {"better": " ↓", "worse": " ↑"}.get(verdict.word if verdict else "", "  ")
             sure = sure or mark != "  "
             cells.append(f"{one.domains[domain].value:.4f}{mark}")
@@ -95,11 +95,11 @@ def _print_domains(console: Console, found: Comparison) -> None:
 
 
 def _print_balance(console: Console, found: Comparison) -> None:
-    levels = [level for level in ("expert", "group") if any(level in one.balance["cv"] for one in found.strategies)]
+    levels = found.levels
     if not levels:
         return
     _say(console, "[bold]Balance of the load[/bold], last 50 steps, means over layers and seeds")
-    table = simple_table("strategy", [f"{WORDS[what]}, {level}s" for what in BALANCE for level in levels] + ["dead"])
+    table = simple_table("strategy", [f"{BALANCE[what]}, {level}s" for what in BALANCE for level in levels] + ["dead"])
     for one in found.strategies:
         cells = [_mean(one.balance[what].get(level), 3) for what in BALANCE for level in levels]
         table.add_row(escape(one.name), *cells, _mean(one.dead_experts, 1))

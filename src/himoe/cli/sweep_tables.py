@@ -63,11 +63,6 @@ def print_result(console: Console, result: SweepResult) -> None:
     console.print(
         f"{len(result.runs)} runs: {counts}; table {result.out / 'runs.parquet'}", highlight=False, soft_wrap=True
     )
-    print_failures(console, result)
-
-
-def print_failures(console: Console, result: SweepResult) -> None:
-    """Print which runs failed, and why."""
     names = {run.id: run.name for run in result.runs}
     for id, error in list(result.errors.items())[:SHOWN_FAILURES]:
         log = result.out / "runs" / id / "log.txt"

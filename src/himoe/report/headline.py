@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from himoe.registry import GROUPED_PRESETS, GROUPED_SELECTORS
 from himoe.report.numbers import count, duration, saved, show, size, text_of
+from himoe.report.page import tile
 from himoe.report.read import RunFolder, number, table
 from himoe.report.thinning import mean
 from himoe.run_folder import COMPLETE
@@ -41,33 +42,28 @@ def headline(run: RunFolder) -> str:
     )
 
 
-def _tile(label: str, value: str, unit: str, hint: str) -> str:
-    unit = f'<span class="unit">{unit}</span>' if unit else ""
-    return f'<div class="tile"><dt>{label}</dt><dd class="value">{value}{unit}</dd><dd class="hint">{hint}</dd></div>'
-
-
 def _tiles(run: RunFolder) -> str:
     end, tiles = run.outcome, []
     bits, bigram = number(end.get("bits_per_byte")), run.baseline("bigram")
     if bits is not None:
         what = "over all held-out text" if end.get("status") in COMPLETE else "at the last evaluation"
-        tiles.append(_tile("Held-out bits per byte", show(bits), "", f"{what}; lower is better"))
+        tiles.append(tile("Held-out bits per byte", show(bits), f"{what}; lower is better"))
         if bigram:
             label = "Under byte-bigram" if bits <= bigram else "Over byte-bigram"
             share = saved(bits, bigram).removeprefix("−")
-            tiles.append(_tile(label, share, "", f"the bigram model needs {show(bigram)}"))
+            tiles.append(tile(label, share, f"the bigram model needs {show(bigram)}"))
     tiles += _best_tile(run)
     for key, label in (("max_vio_window", "MaxVio, window"), ("cv_window", "CV of load, window")):
         found = [(number(layer.get(key)), layer.get("layer")) for layer in end.get("layers") or []]
         value, layer = max(((value, layer) for value, layer in found if value is not None), default=(None, None))
         if value is not None:
-            tiles.append(_tile(label, show(value), "", f"layer {text_of(layer)}, the worst; 0 is perfectly even"))
+            tiles.append(tile(label, show(value), f"layer {text_of(layer)}, the worst; 0 is perfectly even"))
     if number(end.get("tokens_per_second")) is not None:
-        tiles.append(_tile("Tokens per second", show(end["tokens_per_second"], 0), "", _machine(run)))
+        tiles.append(tile("Tokens per second", show(end["tokens_per_second"], 0), _machine(run)))
     memory = number(end.get("peak_memory_mib"))
     if memory is not None:
         value, unit = size(memory * 2**20).split(" ")
-        tiles.append(_tile("Peak memory", value, unit, "of the whole process"))
+        tiles.append(tile("Peak memory", value, "of the whole process", unit))
     return f'<dl class="tiles">{"".join(tiles)}</dl>' if tiles else ""
 
 
@@ -77,7 +73,7 @@ def _best_tile(run: RunFolder) -> list[str]:
     step, bits = number(best.get("step")), number(best.get("bits_per_byte"))
     if step is None or bits is None or step == number(run.outcome.get("step")):
         return []
-    return [_tile("Best along the way", show(bits), "", f"bits per byte at step {step:,.0f}, on the text scored then")]
+    return [tile("Best along the way", show(bits), f"bits per byte at step {step:,.0f}, on the text scored then")]
 
 
 def _machine(run: RunFolder) -> str:

@@ -42,6 +42,12 @@ def write_document(build: Callable[[str], str], out: Path, *, extra: str, error:
     return out
 
 
+def tile(label: str, value: str, hint: str, unit: str = "") -> str:
+    """Return one of the large numbers at the top of a page; all are HTML."""
+    unit = f'<span class="unit">{unit}</span>' if unit else ""
+    return f'<div class="tile"><dt>{label}</dt><dd class="value">{value}{unit}</dd><dd class="hint">{hint}</dd></div>'
+
+
 def html_table(head: list[str], rows: list[list[str]], label: str, total: bool = False) -> str:
     """Return a table inside a box that scrolls; cells are HTML already, `total` sets the last row apart."""
     marks = [' class="total"' if total and i == len(rows) - 1 else "" for i in range(len(rows))]

@@ -1,13 +1,12 @@
 """Strategies against each other on one recipe: one learning rate for all, tuned once, then every seed of every one.
 
-Both steps are sweeps of ordinary runs, so a comparison that is started again goes on, and more seeds or strategies
-leave alone what is there. The seed of the tuning is no seed of the comparison.
+Both steps are sweeps of ordinary runs, so a comparison that is started again goes on, and more seeds leave alone what
+is there. The seed of the tuning is no seed of the comparison.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -17,11 +16,11 @@ from himoe.analysis import read_sweep
 from himoe.analysis.comparison import Comparison, Tuning, comparison
 from himoe.analysis.runs import number, unusable
 from himoe.config import Config
-from himoe.errors import ConfigError, DataError
+from himoe.errors import ConfigError, MissingExtraError, RunsFailedError
 from himoe.files import write_json
 from himoe.sweep.driver import SweepResult, run_sweep
 from himoe.sweep.expand import Run, expand
-from himoe.sweep.strategies import check_is_one, training_flops, unequal
+from himoe.sweep.strategies import check_is_one, cost_notes, with_run
 
 TUNING, STRATEGIES = "tuning", "strategies"
 TUNING_SEED = 0
@@ -58,7 +57,7 @@ def compare_strategies(
     Args:
         found: configurations by name, as `strategies` returns them.
         out: folder of the comparison: a sweep's, with `tuning/`, the sweep that found the learning rate, and
-            `strategies/`, a configuration each.
+            `strategies/`, a configuration each, of the first seed.
         seeds: how many; a seed decides the data order, the same for all, and the initial weights.
         against: the strategy that the others are compared with; None is the first.
         learning_rate: of all runs; None finds it: the first strategy's, its half and its double, and on while the best
@@ -67,31 +66,58 @@ def compare_strategies(
         options: of `run_sweep`.
 
     Raises:
-        HimoeError: as `run_sweep`; or fewer than two seeds, strategies on unlike text, lengths or batches, or no rate
-            at which all of them can be trained.
+        HimoeError: before anything has started, as `run_sweep`; or for what `check_comparison` refuses.
+        RunsFailedError: there is no rate at which all strategies can be trained, or nothing left to compare.
     """
-    console = console or Console(stderr=True)
+    console, out = console or Console(stderr=True), Path(out)
+    against = check_comparison(found, seeds, against, learning_rate)
+    tuning = None
+    with TemporaryDirectory() as folder:  # a sweep reads what it is to do at its start
+        files = write_strategies(found, Path(folder))
+        if learning_rate is None:
+            tuning = tune(files, out / TUNING, first_rate(found), console=console, **options)
+            learning_rate = tuning.chosen
+        console.print(f"{len(files)} strategies × {seeds} seeds at learning rate {learning_rate:g}", highlight=False)
+        spec = comparison_spec(files, range(1, seeds + 1), [learning_rate])
+        result = run_sweep(spec, out, console=console, **options)
+    chosen = {name: with_run(one, seed=1, learning_rate=learning_rate) for name, one in found.items()}
+    write_strategies(chosen, out / STRATEGIES)
+    runs = {run.id: run.config.name for run in result.runs}
+    assert len(runs) == len(found) * seeds, runs
+    told = comparison(
+        read_sweep(out),
+        runs,
+        against,
+        learning_rate=learning_rate,
+        tuning=tuning,
+        notes=[*cost_notes(found, against), *(tuning.failures if tuning else [])],
+    )
+    return Compared(told, result)
+
+
+def check_comparison(
+    found: Mapping[str, Config], seeds: int, against: str | None = None, learning_rate: float | None = None
+) -> str:
+    """Return what the others are compared with, or refuse what cannot be compared.
+
+    Raises:
+        ConfigError: fewer than two seeds, an unknown name, a rate that is none, or strategies on unlike text, lengths
+            or batches.
+        MissingExtraError: scipy is not installed, which the verdict needs.
+    """
     against = against if against is not None else next(iter(found))
     if against not in found:
         raise ConfigError(f"--against {against}: must be one of {', '.join(found)}")
     if seeds < 2:
         raise ConfigError(f"--seeds {seeds}: must be ≥ 2; from one seed no interval can be made")
+    if learning_rate is not None and not 0 < learning_rate < float("inf"):
+        raise ConfigError(f"--learning-rate {learning_rate:g}: must be above 0")
     check_is_one(found)
-    files = write_strategies(found, out)
-    tuning = None
-    if learning_rate is None:
-        tuning = tune(files, Path(out) / TUNING, first_rate(found), console=console, **options)
-        learning_rate = tuning.chosen
-    console.print(f"{len(files)} strategies × {seeds} seeds at learning rate {learning_rate:g}", highlight=False)
-    result = run_sweep(
-        comparison_spec(files, range(1, seeds + 1), [learning_rate]), Path(out), console=console, **options
-    )
-    runs = {run.id: run.config.name for run in result.runs}
-    notes = [
-        f"{name} costs {share:+.0%} FLOPs a token against {against}: not at equal cost"
-        for name, share in unequal(training_flops(found), against).items()
-    ]
-    return Compared(comparison(read_sweep(out), runs, against, tuning=tuning, notes=notes), result)
+    try:
+        import scipy.special  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("scipy", "analysis") from error
+    return against
 
 
 def planned_runs(found: Mapping[str, Config], seeds: int, learning_rate: float | None = None) -> list[Run]:
@@ -101,9 +127,9 @@ def planned_runs(found: Mapping[str, Config], seeds: int, learning_rate: float |
     """
     with TemporaryDirectory() as folder:
         files = write_strategies(found, Path(folder))
-        first = first_rate(found)
-        tuned = [] if learning_rate is not None else expand(comparison_spec(files, [TUNING_SEED], rates_around(first)))
-        return [*tuned, *expand(comparison_spec(files, range(1, seeds + 1), [learning_rate or first]))]
+        rate = first_rate(found) if learning_rate is None else learning_rate
+        tuned = expand(comparison_spec(files, [TUNING_SEED], rates_around(rate))) if learning_rate is None else []
+        return [*tuned, *expand(comparison_spec(files, range(1, seeds + 1), [rate]))]
 
 
 def first_rate(found: Mapping[str, Config]) -> float:
@@ -121,9 +147,8 @@ def comparison_spec(files: Sequence[str], seeds: Sequence[int], rates: Sequence[
     return {"axes": {"train.learning_rate": [*rates], "seed": [*seeds], "recipe": [*files]}}
 
 
-def write_strategies(found: Mapping[str, Config], out: Path) -> list[str]:
-    """Write every configuration to `out/strategies/NAME.json`, which `himoe train` takes too; return the paths."""
-    folder = Path(out).absolute() / STRATEGIES
+def write_strategies(found: Mapping[str, Config], folder: Path) -> list[str]:
+    """Write every configuration to `folder/NAME.json`, which a sweep and `himoe train` take; return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, config in found.items():
         write_json(folder / f"{name}.json", config.model_dump(mode="json"))
@@ -134,7 +159,7 @@ def tune(files: Sequence[str], out: Path, first: float, *, console: Console, **o
     """Find the learning rate with the lowest mean validation loss over all strategies, on one seed of its own.
 
     Raises:
-        DataError: at no rate did all strategies finish.
+        RunsFailedError: at no rate did all strategies finish.
     """
     lowest, highest = -1, 1
     while True:
@@ -144,21 +169,21 @@ def tune(files: Sequence[str], out: Path, first: float, *, console: Console, **o
         result = run_sweep(comparison_spec(files, [TUNING_SEED], rates), out, console=console, **options)
         rows = {str(row["run"]): row for row in read_sweep(out).rows}
         losses: dict[float, dict[str, float | None]] = {rate: {} for rate in rates}
+        failures = []
         for run in result.runs:
-            row = rows[run.id]
-            loss = None if unusable(row) else number(row["cross_entropy"])
-            losses[run.config.train.learning_rate][run.config.name] = loss
-        means = {
-            rate: fmean(loss for loss in one.values() if loss is not None)
-            for rate, one in losses.items()
-            if None not in one.values()
-        }
-        if not means:
-            raise DataError(f"at no learning rate of {told} did every strategy finish; see {out / 'runs.parquet'}")
-        chosen = min(means, key=lambda rate: means[rate])
-        if chosen == rates[0] and lowest > -1 - STEPS_BEYOND:
+            rate, name, row = run.config.train.learning_rate, run.config.name, rows[run.id]
+            reason = unusable(row)
+            losses[rate][name] = None if reason else number(row["cross_entropy"])
+            if reason:
+                failures.append(f"tuning: {name} at {rate:g} {reason}; that rate could not be chosen")
+        tuning = Tuning(losses, TUNING_SEED, failures)
+        if not tuning.usable:
+            raise RunsFailedError(
+                f"at no learning rate of {told} did every strategy finish: {failures[0]}; see {out / 'runs.parquet'}"
+            )
+        if tuning.chosen == rates[0] and lowest > -1 - STEPS_BEYOND:
             lowest -= 1
-        elif chosen == rates[-1] and highest < 1 + STEPS_BEYOND:
+        elif tuning.chosen == rates[-1] and highest < 1 + STEPS_BEYOND:
             highest += 1
         else:
-            return Tuning(losses, TUNING_SEED, chosen)
+            return tuning

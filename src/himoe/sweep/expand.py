@@ -48,7 +48,6 @@ def words(varied: Mapping[str, Any]) -> str:
     for key, short in zip(varied, last, strict=True):
         value = varied[key]
         text = value if isinstance(value, str) else format_value(value)
-        text = Path(text).stem if key == "recipe" else text
         text = text if len(text) <= LONGEST_WORD else f"{text[: LONGEST_WORD - 1]}…"
         parts.append(f"{short if last.count(short) == 1 else key}={text}")
     return " ".join(parts)
@@ -129,6 +128,8 @@ def _resolve(
                 f"has {kept[beside]}"
             )
     config = _with_absolute_paths(config)
+    if recipe.endswith(".json") and "recipe" in varied:  # a stored configuration holds its name
+        varied = varied | {"recipe": config.name}
     return Run(run_id(config), config, varied)
 
 
