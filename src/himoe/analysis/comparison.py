@@ -182,17 +182,16 @@ def comparison(
         sweep,
         against,
         strategies,
-        compare({name: _values(rows, "cross_entropy") for name, rows in by_seed.items()}, against),
+        compare(
+            {name: {seed: float(row["cross_entropy"]) for seed, row in rows.items()} for name, rows in by_seed.items()},
+            against,
+        ),
         _by_domain(by_seed, against),
         learning_rate,
         tuning,
         left,
         [*notes, *_lacking(found, against)],
     )
-
-
-def _values(by_seed: Mapping[Any, Row], column: str) -> dict[Any, float]:
-    return {seed: float(row[column]) for seed, row in by_seed.items()}
 
 
 def _strategy(name: str, by_seed: dict[Any, Row]) -> Strategy:

@@ -132,7 +132,8 @@ def _domains(found: Comparison) -> str:
         return ""
     rows = []
     for one in found.strategies:
-        cells = [show(one.domains[domain].value, 4) for domain in found.domains]
+        means = [one.domains.get(domain) for domain in found.domains]
+        cells = [NOTHING if mean is None else show(mean.value, 4) for mean in means]
         for i, domain in enumerate(found.domains):
             verdict = found.verdict_of(one.name, domain)
             cells[i] += {"better": " ↓", "worse": " ↑"}.get(verdict.word if verdict else "", "")

@@ -82,7 +82,7 @@ def _print_domains(console: Console, found: Comparison) -> None:
             verdict = found.verdict_of(one.name, domain)
             mark = {"better": " ↓", "worse": " ↑"}.get(verdict.word if verdict else "", "  ")
             sure = sure or mark != "  "
-            cells.append(f"{one.domains[domain].value:.4f}{mark}")
+            cells.append(f"{_mean(one.domains.get(domain), 4)}{mark}")
         table.add_row(escape(one.name), *cells)
     console.print(table)
     if sure:
