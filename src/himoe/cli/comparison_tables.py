@@ -12,7 +12,7 @@ from himoe.cli.tables import simple_table
 
 
 def print_comparison(console: Console, found: Comparison) -> None:
-    """Print the strategies, their bits per byte by domain, their balance, the verdicts, and how the rate was found."""
+    """Print the strategies, their domains, balance and cost, the verdicts, and how the rate was found."""
     tokens = max(row["tokens"] for one in found.strategies for row in one.rows.values())
     seeds = max(one.loss.n for one in found.strategies)
     _say(console, f"[bold]{len(found.strategies)} strategies[/bold], {seeds} seeds, {count(tokens)} tokens a run, "
@@ -20,6 +20,7 @@ def print_comparison(console: Console, found: Comparison) -> None:
     _print_losses(console, found)
     _print_domains(console, found)
     _print_balance(console, found)
+    _print_cost(console, found)
     _say(console, f"[bold]Verdict[/bold], on the validation cross-entropy against {escape(found.against)}")
     for verdict in found.verdicts:
         _say(console, f"  {escape(verdict.sentence())}")
@@ -42,18 +43,27 @@ def _rate(found: Comparison) -> str:
 
 
 def _print_losses(console: Console, found: Comparison) -> None:
-    names = ["loss", "±", "bits/byte", "against", "95 % interval", "active", "total", "FLOPs", "time", "tokens/s"]
-    table = simple_table("strategy", names)
-    base = found.base
+    table = simple_table("strategy", ["loss", "±", "bits/byte", "against", "95 % interval"])
     for one in found.strategies:
         verdict = found.verdict_of(one.name)
         against = ["", ""] if verdict is None else [f"{verdict.difference:+.4f}", _interval(verdict.low, verdict.high)]
+        loss = [f"{one.loss.value:.4f}", _half(one.loss), _mean(one.bits_per_byte, 4)]
+        table.add_row(escape(one.name), *loss, *against)
+    console.print(table)
+    for line in (
+        "loss: validation cross-entropy without auxiliary terms, nats per token. ±: half of Student's 95 % interval.",
+        f"against: mean difference to {escape(found.against)} over seeds, paired, with the interval of it.",
+    ):
+        console.print(line, style="dim", highlight=False, soft_wrap=True)
+    console.print()
+
+
+def _print_cost(console: Console, found: Comparison) -> None:
+    _say(console, "[bold]Cost[/bold]")
+    table, base = simple_table("strategy", ["active", "total", "FLOPs", "time", "tokens/s"]), found.base
+    for one in found.strategies:
         table.add_row(
             escape(one.name),
-            f"{one.loss.value:.4f}",
-            _half(one.loss),
-            _mean(one.bits_per_byte, 4),
-            *against,
             "–" if one.active is None else count(one.active),
             "–" if one.total is None else count(one.total),
             _share(one.training_flops, base.training_flops),
@@ -61,12 +71,11 @@ def _print_losses(console: Console, found: Comparison) -> None:
             "–" if one.tokens_per_second is None else f"{one.tokens_per_second.value:,.0f}",
         )
     console.print(table)
-    for line in (
-        "loss: validation cross-entropy without auxiliary terms, nats per token. ±: half of Student's 95 % interval.",
-        f"against: mean difference to {escape(found.against)} over seeds, paired. active: without embeddings.",
-        f"FLOPs, time: over those of {escape(found.against)}; time is from start to end, tokens/s of training alone.",
-    ):
-        console.print(line, style="dim", highlight=False, soft_wrap=True)
+    text = (
+        f"active: without embeddings. FLOPs, time: over those of {escape(found.against)}; time with its evaluations, "
+        "tokens/s of training alone."
+    )
+    console.print(text, style="dim", highlight=False, soft_wrap=True)
     console.print()
 
 
@@ -117,7 +126,7 @@ def _mean(mean: Mean | None, digits: int) -> str:
 
 
 def _interval(low: float | None, high: float | None) -> str:
-    return "–" if low is None or high is None else f"{low:+.4f} – {high:+.4f}"
+    return "–" if low is None or high is None else f"{low:+.4f} to {high:+.4f}"
 
 
 def _share(value: float | None, base: float | None) -> str:
