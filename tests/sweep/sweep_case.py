@@ -96,3 +96,12 @@ def one_is_short(config, folder, prune=None):
 def none_works(config, folder, prune=None):
     """Fail always."""
     raise ValueError("none works")
+
+
+def fails_at_a_low_rate(config, folder, prune=None):
+    """As by_strategy, but all fail at the rate of 0.003, and say each time that they were tried."""
+    if config.train.learning_rate == 0.003:
+        with (folder / "tries").open("a") as file:
+            file.write("x")
+        raise ValueError("too low")
+    by_strategy(config, folder, prune)

@@ -153,6 +153,12 @@ def test_a_rate_at_which_one_failed_is_not_chosen_and_told_of(tmp_path, console)
     assert [note for note in found.notes if "tuning: moge at 0.012 failed" in note and "diverged" in note]
 
 
+def test_what_failed_is_not_tried_again_when_the_search_goes_on(tmp_path, console):
+    found = compared(tmp_path, console, runner="sweep_case:fails_at_a_low_rate").comparison
+    assert sorted(found.tuning.losses) == [0.003, 0.006, 0.012, 0.024] and len(found.tuning.failures) == 3
+    assert [file.read_text() for file in tmp_path.glob("tuning/runs/*/tries")] == ["x"] * 3
+
+
 def test_without_a_rate_for_all_there_is_an_error(tmp_path, console, monkeypatch):
     monkeypatch.setattr("himoe.sweep.comparison.TUNING_SEED", 3)  # that of which switch fails
     with pytest.raises(

@@ -44,7 +44,7 @@ class Compare(ManyRuns):
     """What the strategies lie over: a recipe (himoe list recipes), or a TOML file. Without it: lm_demo."""
     strategies: Annotated[str, option("A,B,…")] = ""
     """Presets (himoe list presets) with their default options, balancers (himoe list balancers) beside plain top-k,
-    dense, or recipes and TOML files as they are."""
+    dense, or recipes and TOML files."""
     seeds: Annotated[int, option("N")] = 5
     """How many seeds each is trained with: 1 to N."""
     against: Annotated[str | None, option("NAME")] = None
@@ -97,8 +97,6 @@ class Compare(ManyRuns):
 
     def _strategies(self) -> dict[str, Config]:
         names = [name.strip() for name in self.strategies.split(",") if name.strip()]
-        if not names:
-            raise ConfigError("--strategies: name two or more, as in hi_moe,switch,dense")
         return strategies(names, self.recipe, self.changes, self.data)
 
     def _dry_run(self, found: Mapping[str, Config], console: Console) -> int:

@@ -162,14 +162,16 @@ def tune(files: Sequence[str], out: Path, first: float, *, console: Console, **o
         RunsFailedError: at no rate did all strategies finish.
     """
     lowest, highest = -1, 1
+    losses: dict[float, dict[str, float | None]] = {}
+    failures: list[str] = []
     while True:
         rates = rates_around(first, lowest, highest)
-        told = ", ".join(f"{rate:g}" for rate in rates)
+        new = [rate for rate in rates if rate not in losses]  # what failed has had its tries
+        told = ", ".join(f"{rate:g}" for rate in new)
         console.print(f"tuning the learning rate on all strategies, seed {TUNING_SEED}: {told}", highlight=False)
-        result = run_sweep(comparison_spec(files, [TUNING_SEED], rates), out, console=console, **options)
+        result = run_sweep(comparison_spec(files, [TUNING_SEED], new), out, console=console, **options)
         rows = {str(row["run"]): row for row in read_sweep(out).rows}
-        losses: dict[float, dict[str, float | None]] = {rate: {} for rate in rates}
-        failures = []
+        losses = {rate: losses.get(rate, {}) for rate in rates}
         for run in result.runs:
             rate, name, row = run.config.train.learning_rate, run.config.name, rows[run.id]
             reason = unusable(row)
