@@ -1,8 +1,9 @@
 """How much memory a step takes: its peak, and what it keeps between forward and backward.
 
 The peak is above what was held before the step, so inputs and weights are not in it, while output, saved tensors and
-gradients are. On a CPU it is summed up from the events of PyTorch's own allocator, which the profiler records; scratch
-that a library allocates by itself, as BLAS does, is not seen, whoever calls it. On a GPU it is the allocator's peak.
+gradients are. On a CPU it is summed up from the events of PyTorch's own allocator, which the profiler records, with no
+blocks kept from steps before (`kernels/caching_allocator.py`); scratch that a library allocates by itself, as BLAS
+does, is not seen, whoever calls it. On a GPU it is the allocator's peak.
 """
 
 import os
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
+from himoe.kernels import caching_allocator
+
 
 def peak_bytes(step: Callable[[], object], device: str = "cpu") -> int:
     """Return the largest number of bytes that `step` held at one time beyond those held before it."""
@@ -25,6 +28,7 @@ def peak_bytes(step: Callable[[], object], device: str = "cpu") -> int:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    caching_allocator.empty_cache()
     with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
         step()
     assert recording.profiler is not None and recording.profiler.kineto_results is not None

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from himoe.functional.dispatch import SortedPairs
-from himoe.kernels import large_pages
+from himoe.kernels import caching_allocator
 from himoe.kernels.activation import ACTIVATIONS
 from himoe.kernels.workers import share_out
 
@@ -76,7 +76,8 @@ def _over_batches(do: Callable[[_Batch, Tensor], None], x: Tensor, rows: SortedP
     for some, workers in ((batches[len(wide) :], threads), (wide, 1)):  # OpenMP's threads would disturb the workers
         if some:
             size = -(-(some[0].rows.stop - some[0].rows.start) * row // 64) * 64  # aligned alike, or BLAS's bits differ
-            share_out(do, some, x.new_empty(min(workers, len(some)), size, dtype=_product_dtype(x)).unbind())
+            like = x.new_empty(0, dtype=_product_dtype(x))
+            share_out(do, some, caching_allocator.empty(min(workers, len(some)), size, like=like).unbind())
 
 
 def _carve(space: Tensor, num_rows: int, *widths: int) -> list[Tensor]:
@@ -109,8 +110,8 @@ def forward(
     num_pairs, top_k = rows.pair_of_row.numel(), weights.shape[1]
     token_of_row = rows.pair_of_row // top_k
     _, width, units = down_proj.shape
-    hidden = large_pages.empty(num_pairs, up_proj.shape[1], like=x)
-    out = large_pages.empty(num_pairs, width, like=x)
+    hidden = caching_allocator.empty(num_pairs, up_proj.shape[1], like=x)
+    out = caching_allocator.empty(num_pairs, width, like=x)
 
     def run(batch: _Batch, space: Tensor) -> None:
         experts, here, sizes = batch
@@ -145,10 +146,10 @@ def backward(
     token_of_row = rows.pair_of_row // top_k
     weight_of_row = weights.flatten().index_select(0, rows.pair_of_row)[:, None].to(dtype)
     _, width, units = down_proj.shape
-    d_row = large_pages.empty(num_pairs, width, like=x) if need_x else None
+    d_row = caching_allocator.empty(num_pairs, width, like=x) if need_x else None
     d_weight_of_row = x.new_zeros(num_pairs, dtype=dtype) if need_weights else None
-    d_up = large_pages.empty(*up_proj.shape, like=up_proj) if need_up else None
-    d_down = large_pages.empty(*down_proj.shape, like=down_proj) if need_down else None
+    d_up = caching_allocator.empty(*up_proj.shape, like=up_proj) if need_up else None
+    d_down = caching_allocator.empty(*down_proj.shape, like=down_proj) if need_down else None
 
     def run(batch: _Batch, space: Tensor) -> None:
         experts, here, sizes = batch
@@ -192,7 +193,7 @@ def sum_pairs(values: Tensor, rows: SortedPairs, top_k: int, weights: Tensor | N
     row_of_pair, threads = rows.row_of_pair.view(-1, top_k), _num_workers(values, 16 * values.numel())
     if threads == 1:
         return _sum(values, row_of_pair, weights)
-    y = values.new_empty(len(row_of_pair), values.shape[1])
+    y = caching_allocator.empty(len(row_of_pair), values.shape[1], like=values)
     size = -(-len(y) // (4 * threads))
 
     def run(start: int, _: None) -> None:

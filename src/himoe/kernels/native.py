@@ -18,7 +18,7 @@ from torch import Tensor
 
 from himoe.errors import KernelError
 from himoe.functional.dispatch import SortedPairs
-from himoe.kernels import large_pages, loop, native_build
+from himoe.kernels import caching_allocator, loop, native_build
 from himoe.kernels.activation import ACTIVATIONS
 from himoe.kernels.libtorch import symbol
 
@@ -180,7 +180,7 @@ def _run(
     floats = kernel.library.himoe_scratch(problem, backward)
     if floats < 0:
         raise _failure(up, down, rows)
-    scratch = torch.empty(problem.threads * floats, dtype=torch.float32)
+    scratch = caching_allocator.empty(problem.threads * floats, like=torch.empty(0, dtype=torch.float32))
     problem.scratch = scratch.data_ptr()
     if kernel.library.himoe_run(problem, backward):
         raise _failure(up, down, rows)
@@ -200,9 +200,9 @@ def forward(
     if not supports(x, up_proj, down_proj):  # a graph exported on a machine that has the kernel
         return loop.forward(x, weights, rows, up_proj, down_proj, activation)
     num_pairs = rows.pair_of_row.numel()
-    y = large_pages.empty(*x.shape, like=x)
-    hidden = large_pages.empty(num_pairs, up_proj.shape[1], like=x)
-    out = large_pages.empty(num_pairs, x.shape[1], like=x)
+    y = caching_allocator.empty(*x.shape, like=x)
+    hidden = caching_allocator.empty(num_pairs, up_proj.shape[1], like=x)
+    out = caching_allocator.empty(num_pairs, x.shape[1], like=x)
     needs = (False,) * 4
     _run(False, weights, rows, activation, needs, x=x, up=up_proj, down=down_proj, hidden=hidden, out=out, y=y)
     return y, hidden
@@ -229,7 +229,7 @@ def backward(
     group_rows, working_rows = _group_rows(rows)
 
     def space(needed: bool, *shape: int, like: Tensor = x) -> Tensor | None:
-        return large_pages.empty(*shape, like=like) if needed else None
+        return caching_allocator.empty(*shape, like=like) if needed else None
 
     per_pair = weights.new_empty(0, dtype=torch.float32)
     d_x = space(need_x, *x.shape)
