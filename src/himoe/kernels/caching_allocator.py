@@ -1,11 +1,11 @@
-"""Large blocks of CPU memory in 2 MiB pages, kept for the next step when they are freed, as PyTorch does on a GPU.
+"""CPU memory for the experts' large tensors: in pages of 2 MiB, and kept for the next step when it is freed.
 
-Linux gives memory in 4 KiB pages, each zeroed in a fault of its own when it is first written; PyTorch returns blocks of
-32 MiB and more to the system when they are freed, so every step pays again. Measured on an EPYC with 4 KiB pages:
-0.6 ms per MiB first written, 0.12 with 2 MiB pages; writing memory that is there takes 0.08.
+Linux gives memory in 4 KiB pages, each zeroed in a fault of its own when it is first written; the C library returns
+blocks of 32 MiB and more to the system when they are freed, so that every step pays again. Measured on an EPYC with
+4 KiB pages: 0.6 ms per MiB first written, 0.12 with 2 MiB pages; writing memory that is there takes 0.08.
 
-Blocks in use and blocks kept are together never more than what was in use at one time. With `HIMOE_KEEP_MEMORY=0`
-nothing is kept; `empty_cache` returns what is.
+Only the tensors made here use what is kept. Blocks in use and kept together are never more than were once in use. With
+`HIMOE_KEEP_MEMORY=0` none is kept from then on; `empty_cache` gives back what is.
 """
 
 import ctypes
@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 PAGE = 2**21
-LEAST = 2 * PAGE  # bytes: what is smaller comes from PyTorch as ever
-FITS = 1.25  # a block is used again for a tensor that leaves at most a fifth of it free
-MADV_HUGEPAGE, PYBUF_WRITE = 14, 0x200
+LEAST = 2**25  # bytes of a block that is kept: the C library keeps smaller ones itself
+FITS = 1.25  # a block is at most so many times as large as the tensor in it: row counts differ from step to step
+MADV_HUGEPAGE = 14
 
 
 @functools.cache
@@ -38,16 +38,9 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     return function
 
 
-@functools.cache
-def _memoryview() -> Callable[[int, int, int], memoryview]:
-    function = ctypes.pythonapi.PyMemoryView_FromMemory
-    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int], ctypes.py_object
-    return function
-
-
 def _in_large_pages(tensor: Tensor) -> Tensor:
     """Ask for large pages for new memory; the system may refuse."""
-    if (madvise := _madvise()) is not None:
+    if tensor.nbytes >= 2 * PAGE and (madvise := _madvise()) is not None:
         start, end = -(-tensor.data_ptr() // PAGE) * PAGE, (tensor.data_ptr() + tensor.nbytes) // PAGE * PAGE
         madvise(start, end - start, MADV_HUGEPAGE)
     return tensor
@@ -62,18 +55,20 @@ class _Blocks:
         self.kept: list[Tensor] = []  # who has waited longest comes first
         self.in_use = self.most_in_use = 0  # bytes
 
-    def take(self, size: int) -> Tensor:
-        """Return a block of at least `size` bytes: the smallest that fits, of those the one last used."""
+    def take(self, size: int) -> memoryview:
+        """Return `size` bytes of a block, which comes back when nobody has them any more."""
         self.collect()
         fitting = [i for i, block in enumerate(self.kept) if size <= block.numel() <= size * FITS]
         if fitting:
-            block = self.kept.pop(min(fitting, key=lambda i: (self.kept[i].numel(), -i)))
+            block = self.kept.pop(min(fitting, key=lambda i: self.kept[i].numel()))
         else:
-            self.keep_at_most(max(self.most_in_use - self.in_use - size, 0))
-            block = _in_large_pages(torch.empty(size, dtype=torch.uint8))
+            self.keep_at_most(self.most_in_use - self.in_use - size)
+            block = _in_large_pages(torch.empty(size, dtype=torch.uint8, device="cpu"))
+        view = block.numpy().data[:size]
+        weakref.finalize(view, self.freed.append, block).atexit = False  # who lives to the end still has it
         self.in_use += block.numel()
         self.most_in_use = max(self.most_in_use, self.in_use)
-        return block
+        return view
 
     def collect(self) -> None:
         """Keep what was freed."""
@@ -83,32 +78,37 @@ class _Blocks:
             self.kept.append(block)
 
     def keep_at_most(self, size: int) -> None:
-        """Return blocks to the system until at most `size` bytes are kept."""
+        """Give blocks back to the system until at most `size` bytes are kept."""
         total = sum(block.numel() for block in self.kept)
-        while total > size:
+        while self.kept and total > size:
             total -= self.kept.pop(0).numel()
 
 
 _blocks = _Blocks()
 
 
-def empty(*shape: int, like: Tensor) -> Tensor:
-    """Return `like.new_empty(shape)`; a large one on a CPU lies in a block that was kept, or in a fresh one.
+def _forget() -> None:
+    """Begin anew in a forked child: a thread that it does not have may hold the lock. What is in use stays alive."""
+    global _blocks  # noqa: PLW0603
+    _blocks = _Blocks()
 
-    Its storage cannot be resized, as that of a tensor from NumPy.
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+def empty(*shape: int, like: Tensor) -> Tensor:
+    """Return `like.new_empty(shape)`; on a CPU a large one lies in a block that was kept, or in a fresh one.
+
+    The storage of such a tensor cannot be resized, as that of one from NumPy.
     """
     size = math.prod(shape) * like.element_size()
-    if size < LEAST or not like.is_cpu or torch.are_deterministic_algorithms_enabled():  # which fill it with NaN
+    if not like.is_cpu or torch.are_deterministic_algorithms_enabled():  # which fill new tensors with NaN
         return like.new_empty(shape)
-    # Nobody waits for the lock: a forked child might for ever, if another thread of its parent had it.
-    if os.environ.get("HIMOE_KEEP_MEMORY", "1") == "0" or not _blocks.lock.acquire(blocking=False):
+    if size < LEAST or os.environ.get("HIMOE_KEEP_MEMORY", "1") == "0":
         return _in_large_pages(like.new_empty(shape))
-    try:
-        block = _blocks.take(size)
-    finally:
-        _blocks.lock.release()
-    view = _memoryview()(block.data_ptr(), size, PYBUF_WRITE)  # the tensor's storage holds it until it dies
-    weakref.finalize(view, _blocks.freed.append, block).atexit = False
+    with _blocks.lock:
+        view = _blocks.take(size)
     # Not view: a view made where no gradients are recorded could not be changed in place where they are.
     return torch.frombuffer(view, dtype=like.dtype).resize_(shape)
 
@@ -128,7 +128,7 @@ def memory_reserved() -> int:
 
 
 def empty_cache() -> None:
-    """Return all blocks that are kept to the system."""
+    """Give all blocks that are kept back to the system."""
     with _blocks.lock:
         _blocks.collect()
         _blocks.kept.clear()
