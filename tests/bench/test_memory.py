@@ -8,6 +8,7 @@ from himoe.bench.layer import ours
 from himoe.bench.memory import highest, peak_bytes, saved_bytes
 from himoe.bench.problem import make_problem
 from himoe.bench.shapes import Shape
+from himoe.kernels import caching_allocator
 
 MIB = 2**20
 
@@ -37,6 +38,14 @@ def test_freeing_what_was_held_before_does_not_lower_the_peak():
         held.clear()
 
     assert peak_bytes(step) == MIB
+
+
+def test_memory_that_our_kernels_kept_counts_as_the_steps():
+    def step():
+        return caching_allocator.empty(32 * MIB, like=torch.empty(0, dtype=torch.uint8))
+
+    step()  # leaves a block behind
+    assert peak_bytes(step) == 32 * MIB
 
 
 def test_a_step_that_fails_gives_the_terminal_back(capfd):

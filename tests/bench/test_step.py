@@ -181,6 +181,8 @@ def test_two_models_are_compared_with_amdahls_bound():
     assert set(steps) == {"ours", "hf_grouped"} and found["peer"] == "hf_grouped"
     own, peer = (steps[name]["step_ms"]["without_clock"]["minimum"] for name in ("ours", "hf_grouped"))
     assert found["ratio"] == pytest.approx(peer / own)
+    own, peer = (steps[name]["step_ms"]["without_clock"]["median"] for name in ("ours", "hf_grouped"))
+    assert found["ratio_median"] == pytest.approx(peer / own) and 0 < found["ratio_cpu"] < 1e3
     share, speedup = found["experts_share"], found["experts_ratio"]
     assert found["amdahl_bound"] == pytest.approx(1 / (1 - share + share / speedup))
     assert 0 < share < 1 and found["model"]["tokens"] == 32

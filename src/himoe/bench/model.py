@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from himoe.bench.clock import time_one
+from himoe.bench.clock import Times, time_one
 from himoe.bench.peers import transformers_experts
 from himoe.bench.ratios import amdahl
 from himoe.bench.right import TOLERANCE, worst_row
@@ -91,31 +91,32 @@ def measure_model(
     trainers = {"ours": _trainer(config, model), f"hf_{peer.removesuffix('_mm')}": _trainer(config, _swap(model, peer))}
     say("comparing losses and gradients")
     _compare(trainers)
-    plain: dict[str, list[float]] = {name: [] for name in trainers}
+    plain = {name: Times() for name in trainers}
     clocked: dict[str, list[Clocked]] = {name: [] for name in trainers}
     for number in range(WARM_UP + steps):
         say(f"step {number + 1} of {WARM_UP + steps}")
         names = list(trainers) if number % 2 else list(reversed(trainers))
         for name in names:
-            seconds = time_one(trainers[name].step, device)[0]
+            wall, cpu = time_one(trainers[name].step, device)
             if number >= WARM_UP:
-                plain[name].append(seconds)
+                plain[name].wall.append(wall)
+                plain[name].cpu.append(cpu)
                 clocked[name].append(clocked_step(trainers[name]))
-    found = {name: record(clocked[name], plain[name], trainer) for name, trainer in trainers.items()}
-    return _result(config, found)
+    found = {name: record(clocked[name], plain[name].wall, trainer) for name, trainer in trainers.items()}
+    return _result(config, found, plain)
 
 
-def _result(config: Config, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _result(config: Config, found: dict[str, dict[str, Any]], plain: dict[str, Times]) -> dict[str, Any]:
     own, (peer_name, peer) = found["ours"], next(one for one in found.items() if one[0] != "ours")
     experts = {name: _experts(one) for name, one in (("ours", own), (peer_name, peer))}
     share, speedup = experts[peer_name] / peer["parts_ms"], experts[peer_name] / experts["ours"]
-    times = {name: one["step_ms"]["without_clock"] for name, one in found.items()}
     return {
         "model": {**config.model.model_dump(), "experts": config.moe.num_experts, "top_k": config.moe.top_k,
                   "expert_dim": config.moe.expert_dim, "tokens": config.train.batch_size * config.train.seq_len},
         "peer": peer_name,
-        "ratio": times[peer_name]["minimum"] / times["ours"]["minimum"],
-        "ratio_median": times[peer_name]["median"] / times["ours"]["median"],
+        "ratio": plain[peer_name].minimum / plain["ours"].minimum,
+        "ratio_median": plain[peer_name].median / plain["ours"].median,
+        "ratio_cpu": plain[peer_name].cpu_minimum / plain["ours"].cpu_minimum,
         "experts_share": share,
         "experts_ratio": speedup,
         "amdahl_bound": amdahl(share, speedup),

@@ -152,7 +152,11 @@ def print_model(console: Console, result: Mapping[str, Any]) -> None:
         _line(console, f"[bold]{name}[/bold], {found['step_ms']['without_clock']['minimum']:,.1f} ms a step")
         _print_parts_of_step(console, found)
         console.print()
-    _line(console, f"[bold]{result['ratio']:.2f}×[/bold] {peer} over ours (medians {result['ratio_median']:.2f}×)")
+    _line(
+        console,
+        f"[bold]{result['ratio']:.2f}×[/bold] {peer} over ours (medians {result['ratio_median']:.2f}×, CPU time "
+        f"{result['ratio_cpu']:.2f}×)",
+    )
     _line(
         console,
         f"Amdahl's bound: {result['amdahl_bound']:.2f}×, with {result['experts_share']:.0%} of the peer's step in its "

@@ -180,7 +180,7 @@ def _run(
     floats = kernel.library.himoe_scratch(problem, backward)
     if floats < 0:
         raise _failure(up, down, rows)
-    scratch = caching_allocator.empty(problem.threads * floats, like=torch.empty(0, dtype=torch.float32))
+    scratch = caching_allocator.empty(problem.threads * floats, like=torch.empty(0, dtype=torch.float32, device="cpu"))
     problem.scratch = scratch.data_ptr()
     if kernel.library.himoe_run(problem, backward):
         raise _failure(up, down, rows)

@@ -4,8 +4,8 @@
 // copied anyway; backward copies some rows at a time to panels in the L2 cache. One microkernel, in the vector
 // extensions of GCC and Clang: 6 rows of C by two vectors stay in registers. It reaches nine tenths of the processor's
 // rate. With 16 rows an expert the bound is traffic: of an fp32 weight 4 bytes are read in forward, 4 in backward, and 4
-// written, for 6 flops a row. Measured on an EPYC with AVX2 against MKL, one
-// thread, D 512, F 64: 1.1 to 1.4 times as fast up to 32 rows, up to 1.1 at 64, no faster at 128.
+// written, for 6 flops a row. Measured on an EPYC with AVX2 against MKL, one thread, D 512, F 64: 1.1 to 1.4 times as fast
+// up to 32 rows, up to 1.1 at 64, no faster at 128.
 
 #pragma once
 
