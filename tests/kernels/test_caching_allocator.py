@@ -216,8 +216,7 @@ atexit.register(last)
 import torch
 from himoe.kernels import caching_allocator as memory
 memory.LEAST = 2**16
-held += [memory.empty(2**14, like=torch.empty(0)).fill_(1) for _ in range(3)]
-held.pop()
+held += [memory.empty(2**14, like=torch.empty(0)).fill_(1) for _ in range(2)]
 held.append(held)  # alive to the end, in a cycle
 """
 
