@@ -155,8 +155,13 @@ def test_threads_at_once():
             tensor = empty(draw.randrange(LEAST, 2 * LEAST) // 4, like=SINGLE).fill_(number)
             assert bool((tensor == number).all())
 
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(work, range(4)))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # seconds: threads take turns in the middle of everything
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
     gc.collect()
     assert memory_allocated() == 0
 

@@ -1,8 +1,8 @@
 """CPU memory for the experts' large tensors: in pages of 2 MiB, and kept for the next step when it is freed.
 
-Linux gives memory in 4 KiB pages, each zeroed in a fault of its own when it is first written; glibc returns
-blocks of 32 MiB and more to the system when they are freed, so that every step pays again. Measured on an EPYC with
-4 KiB pages: 0.6 ms per MiB first written, 0.12 with 2 MiB pages; writing memory that is there takes 0.08.
+Linux gives memory in 4 KiB pages, each zeroed in a fault of its own when it is first written; glibc returns blocks of
+32 MiB and more to the system when they are freed, so that every step pays again. Measured on an EPYC with 4 KiB pages:
+0.6 ms per MiB first written, 0.12 with 2 MiB pages; writing memory that is there takes 0.08.
 
 Only the tensors made here use what is kept. Blocks in use and kept together are never more than were once in use.
 Tensors made with `HIMOE_KEEP_MEMORY=0` are not kept; `empty_cache` gives back what is.
