@@ -1,8 +1,8 @@
 """Backend `native`: the expert MLP in C++ and OpenMP (`csrc/`), compiled on first use; fp32 and bf16 on a CPU.
 
-Without a compiler, with `HIMOE_NATIVE=0`, or where torch shows no BLAS, `loop` runs instead and `status` says why.
-On a machine without bf16 instructions bf16 operands are widened a tile at a time for fp32 products; where torch has
-fast bf16 products these are called, through a second library that is compiled with the first bf16 layer.
+Without a compiler or with `HIMOE_NATIVE=0`, `loop` runs instead and `status` says why. Products are the kernel's own, in
+fp32; where torch has fast bf16 products these are called for bf16, through a second library that is compiled with the
+first bf16 layer.
 """
 
 import ctypes
@@ -29,14 +29,14 @@ POINTERS = (
     *("unit", "d_hidden", "d_weight_of_row", "d_weights", "d_up", "d_down", "scratch"),
 )
 MODES, HALF = {torch.float32: 0, torch.bfloat16: 1}, 2  # `Mode` of csrc/problem.h
-BLAS = ("single_gemm", "half_gemm", "set_blas_threads")
+FUNCTIONS = ("half_gemm", "set_blas_threads")
 
 
 class _Problem(ctypes.Structure):
     """`Problem` of csrc/problem.h."""
 
     _fields_ = [(n, ctypes.c_int64) for n in (*SIZES, *NEEDS, "group_rows")] + [
-        (n, ctypes.c_void_p) for n in (*POINTERS, *BLAS)
+        (n, ctypes.c_void_p) for n in (*POINTERS, *FUNCTIONS)
     ]
 
 
@@ -50,8 +50,6 @@ class Status(NamedTuple):
 class _Kernel(NamedTuple):
     library: ctypes.CDLL
     path: Path
-    single_gemm: int
-    set_blas_threads: int | None
 
 
 _locks = [threading.Lock()]  # one; a forked child gets another, as nobody would open one that was held
@@ -76,9 +74,6 @@ def _load() -> _Kernel | str:
     if os.environ.get("HIMOE_NATIVE", "1") == "0":
         return "switched off by HIMOE_NATIVE=0"
     try:
-        single_gemm = symbol("sgemm_")
-        if single_gemm is None:
-            return "this torch shows no sgemm_"
         path = native_build.library_path("expert_mlp")
         library = ctypes.CDLL(str(path))
     except (native_build.BuildError, OSError) as error:
@@ -86,7 +81,7 @@ def _load() -> _Kernel | str:
     for function in (library.himoe_scratch, library.himoe_run):
         function.argtypes = [ctypes.POINTER(_Problem), ctypes.c_int64]
     library.himoe_scratch.restype = library.himoe_run.restype = ctypes.c_int64
-    return _Kernel(library, path, single_gemm, symbol("MKL_Set_Num_Threads_Local"))
+    return _Kernel(library, path)
 
 
 def _kernel() -> _Kernel | str:
@@ -168,13 +163,12 @@ def _run(
     problem = _Problem(
         top_k=weights.shape[1], width=width, rows_up=up.shape[1], units=units, experts=experts, tokens=weights.shape[0],
         mode=_mode(up.dtype), activation=list(ACTIVATIONS).index(activation),
-        threads=_threads(), single_gemm=kernel.single_gemm, set_blas_threads=kernel.set_blas_threads,
-        **dict(zip(NEEDS, needs, strict=True)),
+        threads=_threads(), **dict(zip(NEEDS, needs, strict=True)),
     )  # fmt: skip
     problem.group_rows = group_rows
     tensors |= {"weights": weights.detach().float(), **rows._asdict()}
     if problem.mode == HALF:
-        problem.half_gemm = _half_gemm()
+        problem.half_gemm, problem.set_blas_threads = _half_gemm(), symbol("MKL_Set_Num_Threads_Local")
     for name, tensor in tensors.items():
         setattr(problem, name, None if tensor is None else tensor.data_ptr())
     floats = kernel.library.himoe_scratch(problem, backward)

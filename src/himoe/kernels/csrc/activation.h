@@ -38,9 +38,20 @@ void convert(const From* from, To* to, Int n) {
     for (Int i = 0; i < n; ++i) store(to + i, load(from + i));
 }
 
-// exp to about 1 ulp; the range is cut where a normal float ends. Written so that compilers vectorize it.
+// x, or the limit where x is beyond it, without a branch: from one GCC makes ways of their own for the limits, which cost
+// more than they save once they are vectorized.
+inline float limit(float x, float limit, bool beyond) {
+  std::uint32_t bits, limits, mask = -std::uint32_t(beyond);
+  std::memcpy(&bits, &x, 4), std::memcpy(&limits, &limit, 4);
+  bits = (bits & ~mask) | (limits & mask);
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+// exp to about 1 ulp; the range is cut where a normal float ends, a NaN stays one. Written so that compilers vectorize it.
 inline float exponential(float x) {
-  x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+  x = limit(x, 88.0f, x > 88.0f);
+  x = limit(x, -87.0f, x < -87.0f);
   const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5·2²³: the sum's last bits are round(x / ln 2)
   const float n = shifted - 12582912.0f;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -51,7 +62,9 @@ inline float exponential(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  std::int32_t bits = (std::int32_t(n) + 127) << 23;
+  std::int32_t bits;
+  std::memcpy(&bits, &shifted, 4);
+  bits = (bits + 127) << 23;  // the shift drops what is above
   float power;
   std::memcpy(&power, &bits, 4);
   return p * power;
@@ -97,41 +110,51 @@ auto with(Int activation, const Body& body) {
   }
 }
 
-// One row: unit = weight·act(h).
+// Some units of one row: unit = weight·act(h). A gate's value stands `units` behind it. Functions of their own, as GCC
+// takes what a lambda has captured to change with every number that is stored, and then does not vectorize.
+template <Int activation, class S, class C>
+void activate_units(const S* __restrict h, Int units, float weight, C* __restrict unit, Int some) {
+#pragma omp simd
+  for (Int i = 0; i < some; ++i) {
+    float a = activate<activation>(load(h + i)).value;
+    if constexpr (activation == kSwiglu) a *= load(h + units + i);
+    store(unit + i, a * weight);
+  }
+}
+
 template <class S, class C>
-void activate_row(Int activation, const S* __restrict h, float weight, C* __restrict unit, Int units) {
-  with(activation, [=](auto known) {
-    for (Int i = 0; i < units; ++i) {
-      float a = activate<known>(load(h + i)).value;
-      if constexpr (known == kSwiglu) a *= load(h + units + i);
-      store(unit + i, a * weight);
+void activate_row(Int activation, const S* h, Int units, float weight, C* unit, Int some) {
+  with(activation, [&](auto known) { activate_units<known>(h, units, weight, unit, some); });
+}
+
+template <Int activation, class S, class C>
+float activate_units_backward(const S* __restrict h, const C* __restrict d_unit, float weight, S* __restrict unit,
+                              C* __restrict d_hidden, Int units) {
+  float dot = 0;
+#pragma omp simd reduction(+ : dot)
+  for (Int i = 0; i < units; ++i) {
+    const Slope act = activate<activation>(load(h + i));
+    const float d = load(d_unit + i), dw = d * weight;
+    float a = act.value;
+    if constexpr (activation == kSwiglu) {
+      const float value = load(h + units + i);
+      store(d_hidden + units + i, dw * a);
+      store(d_hidden + i, dw * value * act.slope);
+      a *= value;
+    } else {
+      store(d_hidden + i, dw * act.slope);
     }
-  });
+    dot += d * a;
+    store(unit + i, a * weight);
+  }
+  return dot;
 }
 
 // One row: from hidden and the gradient of weight·act(h), the weight's gradient (returned), the unit, hidden's gradient.
 template <class S, class C>
-float activate_row_backward(Int activation, const S* __restrict h, const C* __restrict d_unit, float weight,
-                            S* __restrict unit, C* __restrict d_hidden, Int units) {
-  return with(activation, [=](auto known) {
-    float dot = 0;
-#pragma omp simd reduction(+ : dot)
-    for (Int i = 0; i < units; ++i) {
-      const Slope act = activate<known>(load(h + i));
-      const float d = load(d_unit + i), dw = d * weight;
-      float a = act.value;
-      if constexpr (known == kSwiglu) {
-        const float value = load(h + units + i);
-        store(d_hidden + units + i, dw * a);
-        store(d_hidden + i, dw * value * act.slope);
-        a *= value;
-      } else {
-        store(d_hidden + i, dw * act.slope);
-      }
-      dot += d * a;
-      store(unit + i, a * weight);
-    }
-    return dot;
+float activate_row_backward(Int activation, const S* h, const C* d_unit, float weight, S* unit, C* d_hidden, Int units) {
+  return with(activation, [&](auto known) {
+    return activate_units_backward<known>(h, d_unit, weight, unit, d_hidden, units);
   });
 }
 

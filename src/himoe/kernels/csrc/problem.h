@@ -6,8 +6,6 @@
 
 namespace himoe {
 
-using SingleGemm = void(const char*, const char*, const int*, const int*, const int*, const float*, const float*,
-                        const int*, const float*, const int*, const float*, float*, const int*);  // BLAS's sgemm_
 using HalfGemm = void(Int transpose_a, Int transpose_b, Int m, Int n, Int k, const void* a, Int lda, const void* b,
                       Int ldb, void* c, Int ldc);
 
@@ -29,9 +27,8 @@ struct Problem {
   float *d_weight_of_row, *d_weights;    // (T·K,) each
   void *d_up, *d_down;                   // as up and down, null where not needed
   float* scratch;                        // threads × himoe_scratch(problem) floats, on a cache line
-  SingleGemm* single_gemm;
   HalfGemm* half_gemm;
-  int (*set_blas_threads)(int);  // of the calling thread alone; may be null
+  int (*set_blas_threads)(int);  // of the calling thread, for half_gemm; may be null
 };
 
 }  // namespace himoe

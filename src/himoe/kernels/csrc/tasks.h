@@ -5,14 +5,13 @@
 #include <algorithm>
 #include <vector>
 
-#include "small_gemm.h"
+#include "gemm.h"
 
 namespace himoe {
 
-constexpr Int kGradRows = 512;         // rows summed by one product of a weight gradient
-constexpr Int kWidenedArea = 1 << 18;  // elements of a weight, or of its gradient, kept in fp32 at a time
-constexpr Int kFewRows = 64;             // at most so many are multiplied by small_gemm.h: with more, BLAS is as fast
-constexpr Int kCachedWeights = 1 << 20;  // numbers of one expert that stay in a cache from one tile to the next
+constexpr Int kHalfDepth = 512;    // rows summed by one bf16 product of a weight gradient
+constexpr Int kSumArea = 1 << 18;  // numbers of a bf16 weight gradient summed in fp32 at a time
+constexpr Int kFewRows = 48;       // so many rows at most become columns in forward, to read weights as they lie
 
 enum Kind { kForwardTile, kBackwardTile, kUpGrad, kDownGrad, kZeroGrad };
 
@@ -30,12 +29,8 @@ inline bool is_tile(const Task& t) { return t.kind == kForwardTile || t.kind == 
 
 inline Int kept_rows(const Problem& p) { return p.offsets[p.experts - 1]; }
 
-// Enough tiles to keep threads busy, each with enough rows to pay for reading the expert's weights. Weights too large
-// for a cache come from memory for every tile: 12 % less CPU time with tiles of 128 rows than of 64 at D 7168, F 512.
-inline Int rows_per_tile(const Problem& p) {
-  const Int least = (p.rows_up + p.units) * p.width > kCachedWeights ? 128 : 32;
-  return std::clamp<Int>(round_up(kept_rows(p) / 16, 16), least, p.mode == kWidened ? 384 : 192);
-}
+// Enough tiles to keep threads busy, each with enough rows to pay for packing the expert's weights.
+inline Int rows_per_tile(const Problem& p) { return std::clamp<Int>(kept_rows(p) / 16, 96, 192); }
 
 struct Block {
   Int rows, columns;
@@ -46,7 +41,7 @@ struct Block {
 // side is cut: narrow products are slow.
 inline Block gradient_block(const Problem& p, Int n, Int m, Int rows) {
   Int area = std::max<Int>(64 * 64, kept_rows(p) * n * m / (32 * std::max<Int>(rows, 1)));
-  if (p.mode != kSingle) area = std::min(area, kWidenedArea);
+  if (p.mode != kSingle) area = std::min(area, kSumArea);
   while (n * m > area && std::max(n, m) > 64) {
     Int& longer = n >= m ? n : m;
     longer = round_up((longer + 1) / 2, 16);
@@ -83,7 +78,7 @@ inline std::vector<Task> place_experts(const Problem& p) {
 inline std::vector<Task> list_tasks(const Problem& p, bool backward) {
   std::vector<Task> tasks;
   const std::vector<Task> experts = place_experts(p);
-  const Int most = rows_per_tile(p);
+  const Int usual = rows_per_tile(p);
   std::vector<Int> tiles_before(p.experts + 1, 0);
   const auto add_gradients = [&](const Task& expert) {
     if (expert.row0 == expert.row1) return tasks.push_back(expert);
@@ -94,7 +89,8 @@ inline std::vector<Task> list_tasks(const Problem& p, bool backward) {
   for (Int e = 0; e < p.experts; ++e) {
     Task tile = experts[e];
     const Int row0 = tile.row0, end = tile.row1, rows = end - row0;
-    const Int tiles = (rows + most - 1) / most, each = tiles ? round_up((rows + tiles - 1) / tiles, 8) : 0;
+    const Int tiles = rows ? std::max<Int>(1, (rows + usual / 2) / usual) : 0;
+    const Int each = tiles ? round_up((rows + tiles - 1) / tiles, kTileRows) : 0;
     while (backward && next < tile.after) add_gradients(experts[next++]);
     tile.kind = backward ? kBackwardTile : kForwardTile;
     for (Int r = row0; r < end; r += each) {
@@ -109,18 +105,23 @@ inline std::vector<Task> list_tasks(const Problem& p, bool backward) {
   return tasks;
 }
 
+// What a thread needs for its largest task.
 inline Int scratch_floats(const Problem& p, const std::vector<Task>& tasks) {
   const Int D = p.width, H = p.rows_up, F = p.units;
-  const Int wide = p.mode == kWidened ? kWidenedArea + std::max(D, F) : 0;
+  const bool half = p.mode == kHalf, widened = p.mode == kWidened;
   Int most = D;
   for (const Task& t : tasks) {
-    const Int padding = is_few(t.row1 - t.row0) ? kPanel : 1;
-    const Int I = t.i1 - t.i0, J = round_up(t.j1 - t.j0, padding), n = round_up(t.row1 - t.row0, padding);
-    const bool block = t.kind == kUpGrad || t.kind == kDownGrad;
-    const bool hidden_apart = padding > 1 || p.mode == kWidened || (t.kind == kBackwardTile && !p.d_hidden);
-    if (t.kind != kZeroGrad)
-      most = std::max(most, block ? std::min(kGradRows, n) * (I + J) + (p.mode == kSingle ? 0 : 2 * I * J)
-                                  : n * (D + F + (hidden_apart ? H : 0)) + F + wide);
+    const Int n = t.row1 - t.row0, I = t.i1 - t.i0, J = t.j1 - t.j0;
+    Int floats = 0;
+    if (t.kind == kUpGrad || t.kind == kDownGrad) {
+      floats = half ? std::min(kHalfDepth, n) * (I + J) + 2 * I * J : kGradientFloats + (widened ? I * J : 0);
+    } else if (t.kind == kForwardTile && !half && is_few(n)) {
+      floats = round_up(n, kPanel) * (D + H) + n * F;
+    } else if (is_tile(t)) {
+      floats = (half ? n * std::max({D, H, F}) : weight_floats(n)) + (widened ? n * (D + H) : 0);
+      if (t.kind == kBackwardTile) floats += (n + 1) * F + (widened || p.d_hidden ? 0 : n * H);
+    }
+    most = std::max(most, floats);
   }
   return round_up(most + 128, 16);  // each piece begins on a cache line
 }
