@@ -1,9 +1,12 @@
 """Backend `native`: how it is built, what happens without a compiler, and that threads change no bit."""
 
 import os
+import platform
+import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,6 +41,7 @@ LARGE = {
     "half the experts have none": {"tokens": 700, "num_experts": 8, "k": 3, "spread": "few", "width": 130, "units": 70},
     "some pairs unkept": {"tokens": 900, "num_experts": 4, "k": 2, "kept": "some", "width": 33, "units": 129},
     "many experts share the working space": {"tokens": 1500, "num_experts": 40, "k": 2, "units": 24},
+    "wider than what is packed at a time": {"tokens": 1200, "num_experts": 40, "k": 2, "width": 530, "units": 150},
     "gelu": {"tokens": 900, "num_experts": 4, "k": 2, "activation": "gelu", "width": 33, "units": 129},
     "relu": {"tokens": 900, "num_experts": 4, "k": 2, "activation": "relu", "width": 129, "units": 33},
     "relu2": {"tokens": 900, "num_experts": 4, "k": 2, "activation": "relu2", "width": 129, "units": 33},
@@ -153,6 +157,36 @@ y = expert_mlp(x, ids, torch.rand(5, 2), ids >= 0, up, down, backend="native")
 assert y.isfinite().all()
 print(choose_backend("auto", x, up, down), native.status().reason)
 """
+
+
+ELSEWHERE = """
+import sys
+sys.path.insert(0, {folder!r})
+from himoe.kernels import native, native_build
+native_build.FLAGS = tuple({flags!r} if flag == "-march=native" else flag for flag in native_build.FLAGS)
+from expert_case import assert_equal, make_case, run
+import torch
+for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 4e-2)):
+    assert native.available(dtype), native.status(dtype).reason
+    for tokens, width, units in ((9, 37, 21), (200, 37, 21), (300, 40, 131), (150, 261, 16)):
+        case = make_case(tokens=tokens, width=width, units=units, num_experts=3)
+        assert_equal(run(case, backend="native", dtype=dtype), run(case, backend="loop"), tolerance)
+"""
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("compiler", "flags"),
+    [("clang++", "-march=native"), ("", "-march=x86-64-v2"), ("clang++", "-march=x86-64-v2")],
+    ids=["Clang", "without AVX", "Clang, without AVX"],
+)
+def test_other_compilers_and_other_vectors(compiler, flags, tmp_path):
+    if compiler and not shutil.which(compiler):
+        pytest.skip(f"no {compiler}")
+    if "x86" in flags and platform.machine() != "x86_64":
+        pytest.skip("another processor")
+    code = ELSEWHERE.format(folder=str(Path(__file__).parent), flags=flags)
+    in_a_process(code, tmp_path, **({"CXX": compiler} if compiler else {}))
 
 
 def test_it_can_be_switched_off(tmp_path):

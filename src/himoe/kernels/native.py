@@ -1,8 +1,8 @@
 """Backend `native`: the expert MLP in C++ and OpenMP (`csrc/`), compiled on first use; fp32 and bf16 on a CPU.
 
-Without a compiler or with `HIMOE_NATIVE=0`, `loop` runs instead and `status` says why. Products are the kernel's own, in
-fp32; where torch has fast bf16 products these are called for bf16, through a second library that is compiled with the
-first bf16 layer.
+Without a compiler or with `HIMOE_NATIVE=0`, `loop` runs instead and `status` says why. Products are the kernel's own,
+in fp32; where torch has fast bf16 products these are called for bf16, through a second library that is compiled with
+the first bf16 layer.
 """
 
 import ctypes

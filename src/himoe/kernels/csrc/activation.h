@@ -38,9 +38,9 @@ void convert(const From* from, To* to, Int n) {
     for (Int i = 0; i < n; ++i) store(to + i, load(from + i));
 }
 
-// x, or the limit where x is beyond it, without a branch: from one GCC makes ways of their own for the limits, which cost
-// more than they save once they are vectorized.
-inline float limit(float x, float limit, bool beyond) {
+// x, or the limit where x is beyond it, without a branch: of branches GCC makes paths for the limits alone, which double
+// the work of a vectorized loop.
+inline float limited(float x, float limit, bool beyond) {
   std::uint32_t bits, limits, mask = -std::uint32_t(beyond);
   std::memcpy(&bits, &x, 4), std::memcpy(&limits, &limit, 4);
   bits = (bits & ~mask) | (limits & mask);
@@ -50,8 +50,8 @@ inline float limit(float x, float limit, bool beyond) {
 
 // exp to about 1 ulp; the range is cut where a normal float ends, a NaN stays one. Written so that compilers vectorize it.
 inline float exponential(float x) {
-  x = limit(x, 88.0f, x > 88.0f);
-  x = limit(x, -87.0f, x < -87.0f);
+  x = limited(x, 88.0f, x > 88.0f);
+  x = limited(x, -87.0f, x < -87.0f);
   const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5·2²³: the sum's last bits are round(x / ln 2)
   const float n = shifted - 12582912.0f;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -62,7 +62,7 @@ inline float exponential(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  std::int32_t bits;
+  std::uint32_t bits;
   std::memcpy(&bits, &shifted, 4);
   bits = (bits + 127) << 23;  // the shift drops what is above
   float power;

@@ -26,12 +26,13 @@ constexpr Int kDepth = 256;         // numbers of a sum at a time: with AVX2 a p
 constexpr Int kWide = 256;          // columns of B packed at a time
 constexpr Int kStrip = 96;          // columns of a transposed A packed at a time
 
-using Vec = float __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
-using LooseVec = float __attribute__((vector_size(kLanes * sizeof(float)), aligned(alignof(float)), may_alias));
-using Eight = float __attribute__((vector_size(32), may_alias));
-using LooseEight = float __attribute__((vector_size(32), aligned(alignof(float)), may_alias));
-using EightBits = std::uint32_t __attribute__((vector_size(32)));
-using EightHalves = std::uint16_t __attribute__((vector_size(16), aligned(alignof(bf16)), may_alias));
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
+typedef float Eight __attribute__((vector_size(32), may_alias));
+typedef std::uint32_t EightBits __attribute__((vector_size(32)));
+// The same at any place. No alias declarations: Clang takes an alignment in those for one of their elements.
+typedef float LooseVec __attribute__((vector_size(kLanes * sizeof(float)), aligned(alignof(float)), may_alias));
+typedef float LooseEight __attribute__((vector_size(32), aligned(alignof(float)), may_alias));
+typedef std::uint16_t EightHalves __attribute__((vector_size(16), aligned(alignof(bf16)), may_alias));
 
 // C (R, V vectors) = A B, or C + A B. A's steps along rows and along the sum are any.
 template <int R, int V>
