@@ -80,7 +80,8 @@ def test_products_in_bf16_instructions(spread, monkeypatch):
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 def test_activations_over_their_whole_range(activation):
     # expert e's only hidden unit is x itself; y = act(x), and its derivative is x's gradient
-    x = torch.cat([torch.linspace(-100, 100, 2001), torch.linspace(-1, 1, 2001)])[:, None]
+    huge = torch.tensor([1e3, 1e10, 1e18, -1e3, -1e10, -1e30, -1e38])
+    x = torch.cat([torch.linspace(-100, 100, 2001), torch.linspace(-1, 1, 2001), huge])[:, None]
     rows = 2 if activation == "swiglu" else 1
     up = torch.ones(1, rows, 1)
     ids, kept = torch.zeros(len(x), 1, dtype=torch.int64), torch.ones(len(x), 1, dtype=torch.bool)

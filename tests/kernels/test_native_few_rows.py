@@ -12,14 +12,14 @@ from himoe.errors import KernelError
 from himoe.kernels import loop, native, native_build
 
 needs_kernel = pytest.mark.skipif(not native.available(), reason=native.status().reason)
-ROWS = (0, 1, 7, 8, 9, 15, 16, 17, 33, 64, 65)
+ROWS = (0, 1, 7, 8, 9, 15, 16, 17, 33, 48, 49)
 SIZES = {
     "columns that fill no vector": {"width": 37, "units": 21},
     "whole panels": {"width": 32, "units": 16},
     "narrower than a vector": {"width": 3, "units": 5, "activation": "gelu"},
     "long sums over the width": {"width": 261, "units": 6, "activation": "relu2"},
     "long sums over the units": {"width": 6, "units": 259},
-    "rows longer than a block": {"width": 2085, "units": 1},
+    "rows of many blocks": {"width": 2085, "units": 1},
 }
 
 
@@ -46,6 +46,18 @@ def test_few_rows_are_the_reference_and_threads_change_no_bit(name, dtype, toler
     threads(2)
     y, grads = run(case, backend="native", dtype=dtype)
     assert torch.equal(y, one[0]) and all(torch.equal(grads[n], one[1][n]) for n in NAMES)
+
+
+@needs_kernel
+@pytest.mark.parametrize("tokens", [1, 7, 48, 49, 97, 130])
+def test_what_a_token_becomes_does_not_depend_on_how_many_there_are(tokens):
+    case = make_case(tokens=400, width=600, units=520, num_experts=1, k=1, kept="all")
+    whole, whole_grads = run(case, backend="native", dtype=torch.float32, upstream=case.x)
+    for name in ("x", "weights", "expert_ids", "kept"):
+        setattr(case, name, getattr(case, name)[:tokens])
+    part, grads = run(case, backend="native", dtype=torch.float32, upstream=case.x)
+    assert torch.equal(part, whole[:tokens])
+    assert all(torch.equal(grads[n], whole_grads[n][:tokens]) for n in ("x", "weights"))
 
 
 @pytest.fixture

@@ -38,8 +38,8 @@ void convert(const From* from, To* to, Int n) {
     for (Int i = 0; i < n; ++i) store(to + i, load(from + i));
 }
 
-// x, or the limit where x is beyond it, without a branch: of branches GCC makes paths for the limits alone, which double
-// the work of a vectorized loop.
+// x, or the limit where x is beyond it, without a branch: of branches GCC makes paths for the limits alone, which
+// double the work of a vectorized loop.
 inline float limited(float x, float limit, bool beyond) {
   std::uint32_t bits, limits, mask = -std::uint32_t(beyond);
   std::memcpy(&bits, &x, 4), std::memcpy(&limits, &limit, 4);
@@ -48,10 +48,10 @@ inline float limited(float x, float limit, bool beyond) {
   return x;
 }
 
-// exp to about 1 ulp; the range is cut where a normal float ends, a NaN stays one. Written so that compilers vectorize it.
+// exp to about 1 ulp, 0 and ∞ where a normal float ends. Written so that compilers vectorize it.
 inline float exponential(float x) {
-  x = limited(x, 88.0f, x > 88.0f);
-  x = limited(x, -87.0f, x < -87.0f);
+  x = limited(x, 89.0f, x > 89.0f);
+  x = limited(x, -88.0f, x < -88.0f);
   const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5·2²³: the sum's last bits are round(x / ln 2)
   const float n = shifted - 12582912.0f;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -150,9 +150,11 @@ float activate_units_backward(const S* __restrict h, const C* __restrict d_unit,
   return dot;
 }
 
-// One row: from hidden and the gradient of weight·act(h), the weight's gradient (returned), the unit, hidden's gradient.
+// One row: from hidden and the gradient of weight·act(h), the weight's gradient (returned), the unit and hidden's
+// gradient.
 template <class S, class C>
-float activate_row_backward(Int activation, const S* h, const C* d_unit, float weight, S* unit, C* d_hidden, Int units) {
+float activate_row_backward(Int activation, const S* h, const C* d_unit, float weight, S* unit, C* d_hidden,
+                            Int units) {
   return with(activation, [&](auto known) {
     return activate_units_backward<known>(h, d_unit, weight, unit, d_hidden, units);
   });

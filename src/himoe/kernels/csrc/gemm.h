@@ -1,9 +1,9 @@
 // Products on one thread, in fp32; operands that lie in memory as bf16 are widened where they are packed.
 //
-// A product is cut as BLIS does: kDepth numbers of every sum at a time, a panel of B (two vectors wide) in the L1 cache,
-// rows of A in the L2 cache. One microkernel, in the vector extensions of GCC and Clang, keeps 6 rows of C by two vectors
-// in registers; with both operands in the L1 cache it reaches 98 % of an EPYC's rate. Why not BLAS: packing is one with
-// what has to be done anyway (gathering tokens, activation, widening), and MKL is slow on processors that are not Intel's.
+// A product is cut as BLIS does: kDepth numbers of every sum at a time, a panel of B (two vectors wide) in the L1
+// cache, rows of A in the L2 cache. One microkernel, in the vector extensions of GCC and Clang, keeps 6 rows of C by
+// two vectors in registers; from the L1 cache it reaches 98 % of an EPYC's rate. Why not BLAS: packing is one with what
+// has to be done anyway (gathering tokens, activation, widening), and MKL is slow on processors that are not Intel's.
 
 #pragma once
 
@@ -56,12 +56,20 @@ inline __attribute__((always_inline)) void multiply_tile(bool add, Int depth, co
     for (int v = 0; v < V; ++v) *reinterpret_cast<LooseVec*>(c + r * c_row + v * kLanes) = sum[r][v];
 }
 
-// How A lies: row after row, or in blocks of kTileRows columns of its transpose (pack_blocks), a_row / kTileRows long.
+// How A lies: row after row, or in blocks of kTileRows rows, each transposed (pack_blocks); a_row is then the depth.
 enum class Left { kRows, kBlocks };
 
 template <Left left, int R, int V>
 void multiply_rows(bool add, Int m, Int depth, const float* a, Int a_row, const float* b, float* c, Int c_row) {
   constexpr bool rows = left == Left::kRows;
+  if constexpr (R == 1 && V == 1) {
+    // As two rows, without GCC's knowing that they are one: of a single sum it makes no FMAs, which would round it
+    // unlike the same row in company.
+    Int none = 0;
+    asm("" : "+r"(none));
+    if (m > 0) multiply_tile<2, 1>(add, depth, a, none, rows ? 1 : kTileRows, b, c, none);
+    return;
+  }
   for (; m >= R; m -= R, a += R * a_row, c += R * c_row)
     multiply_tile<R, V>(add, depth, a, rows ? a_row : 1, rows ? 1 : kTileRows, b, c, c_row);
   if constexpr (R > 1)
@@ -118,7 +126,8 @@ inline __attribute__((always_inline)) void transpose(Eight (&v)[8]) {
   }
 }
 
-// Row number `row` of `rows` into panels: all rows of kPanel columns, then those of the next.
+// Row number `row` of `rows` into panels: all rows of kPanel columns, then those of the next. What fills up the last
+// one is multiplied but not stored; what lay there before could be slow numbers.
 template <class T>
 void pack_row(const T* from, Int columns, Int rows, Int row, float* panels) {
   float* to = panels + row * kPanel;

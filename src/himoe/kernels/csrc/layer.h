@@ -40,7 +40,8 @@ struct Layer {
     if constexpr (kHalf) {
       C* left = scratch.take<C>(n * depth);
       for (Int r = 0; r < n; ++r) fill(r, 0, depth, left + r * depth);
-      p.half_gemm(false, transposed, n, columns, depth, left, depth, weight, transposed ? depth : columns, result, columns);
+      const Int row = transposed ? depth : columns;
+      p.half_gemm(false, transposed, n, columns, depth, left, depth, weight, row, result, columns);
     } else {
       multiply_weight(transposed, n, columns, depth, fill, weight, result, scratch.take<float>(weight_floats(n)));
     }
@@ -90,9 +91,9 @@ struct Layer {
     S* spare = scratch.take<S>(F);
     const bool own = kConverts || !d_hidden;
     C* d_up_out = own ? scratch.take<C>(n * H) : reinterpret_cast<C*>(d_hidden + (t.row0 + t.shift) * H);
-    C* result = kConverts ? scratch.take<C>(n * D) : reinterpret_cast<C*>(out + t.row0 * D);
+    C* result = kConverts ? scratch.take<C>(n * D) : p.need_x ? reinterpret_cast<C*>(out + t.row0 * D) : nullptr;
     const auto d_y = [&](Int r, Int k, Int some, C* to) { convert(token(grad, t.row0 + r) + k, to, some); };
-    const auto d_up = [=](Int r, Int k, Int some, C* to) { convert(d_up_out + r * H + k, to, some); };
+    const auto d_rows = [=](Int r, Int k, Int some, C* to) { convert(d_up_out + r * H + k, to, some); };
     times_weight(false, n, F, D, d_y, down + t.expert * D * F, d_unit, scratch);
     for (Int r = 0; r < n; ++r) {
       const Int row = t.row0 + r;
@@ -102,11 +103,11 @@ struct Layer {
     }
     if (own && d_hidden) convert(d_up_out, d_hidden + (t.row0 + t.shift) * H, n * H);
     if (!p.need_x) return;
-    times_weight(false, n, D, H, d_up, up + t.expert * H * D, result, scratch);
+    times_weight(false, n, D, H, d_rows, up + t.expert * H * D, result, scratch);
     if (kConverts) convert(result, out + t.row0 * D, n * D);
   }
 
-  // A block of one expert's weight gradient leftᵀ right; left and right are d_hidden and x for up, d_y and unit for down.
+  // A block of one expert's weight gradient leftᵀ right: of d_hidden and x for up, of d_y and unit for down.
   void gradient(const Task& t, Scratch scratch) const {
     const bool of_up = t.kind == kUpGrad;
     const Int I = t.i1 - t.i0, J = t.j1 - t.j0, n = t.row1 - t.row0, columns = of_up ? p.width : p.units;
