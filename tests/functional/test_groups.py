@@ -74,6 +74,7 @@ def test_sums_over_groups_are_the_plain_loops(num_experts, num_groups, seed, equ
     by_hand = torch.stack([sum(values[..., e] for e in group) for group in groups.members], dim=-1)
     torch.testing.assert_close(groups.sum(values), by_hand)
     torch.testing.assert_close(groups.log_sum(values), groups.sum(values.exp()).log())
+    torch.testing.assert_close(groups.shares(values), values.exp() / groups.expand(groups.sum(values.exp())))
     expanded = groups.expand(by_hand)
     for g, group in enumerate(groups.members):
         for e in group:
@@ -84,7 +85,7 @@ def test_fast_and_general_path_agree_with_gradients():
     equal, general = Groups.equal(6, 2), Groups([[2, 1, 0], [5, 4, 3]])
     assert equal.is_equal and not general.is_equal
     values = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
-    for name in ("sum", "log_sum"):
+    for name in ("sum", "log_sum", "shares"):
         one, other = getattr(equal, name)(values), getattr(general, name)(values)
         torch.testing.assert_close(one, other)
         upstream = torch.randn_like(one)
@@ -94,10 +95,11 @@ def test_fast_and_general_path_agree_with_gradients():
 
 
 @pytest.mark.parametrize("members", [[[0, 1], [2, 3]], [[3, 0], [2, 1]]])
-def test_log_sum_is_finite_where_the_sum_underflows(members):
+def test_log_sums_and_shares_are_finite_where_the_sum_underflows(members):
     groups = Groups(members)
     values = torch.full((1, 4), -1000.0)
     torch.testing.assert_close(groups.log_sum(values), torch.full((1, 2), -1000.0 + 0.693147))
+    torch.testing.assert_close(groups.shares(values), torch.full((1, 4), 0.5))
 
 
 def test_groups_are_values():

@@ -1,4 +1,4 @@
-"""Which experts form which group, and the two sums that every group formula needs.
+"""Which experts form which group, and the sums and shares that every group formula needs.
 
 Equal contiguous groups, group(e) = e // S, are the default and are summed by a reshape. An explicit list of groups may
 be unequal and in any order (Hi-MoE, arXiv 2605.08292, section 3 allows both); its sums go through one index.
@@ -95,6 +95,12 @@ class Groups:
             return log_values.unflatten(-1, (self.num_groups, -1)).logsumexp(-1)
         columns = [numbers_on(log_values.device, members) for members in self.members]
         return torch.stack([log_values[..., members].logsumexp(-1) for members in columns], dim=-1)
+
+    def shares(self, log_values: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
+        """Divide each value by its group's sum, from logarithms; right where the sum itself underflows."""
+        if self.is_equal:
+            return log_values.unflatten(-1, (self.num_groups, -1)).softmax(-1).flatten(-2)
+        return (log_values - self.expand(self.log_sum(log_values))).exp()
 
     def expand(self, values: Float[Tensor, "*batch G"]) -> Float[Tensor, "*batch E"]:
         """Give every expert the value of its group."""

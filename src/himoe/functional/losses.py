@@ -97,11 +97,6 @@ def _entropy(log_p: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
     return -(log_p.exp() * log_p).sum(-1)
 
 
-def _log_shares(log_p: Float[Tensor, "T E"], groups: Groups) -> Float[Tensor, "T E"]:
-    """Return log q_e = log p_e − log m_g."""
-    return log_p - groups.expand(groups.log_sum(log_p))
-
-
 def _selected_probabilities(log_p: Float[Tensor, "T E"], routing: Routing) -> Float[Tensor, "T K"]:
     return log_p.gather(-1, routing.expert_ids).exp().where(routing.selected, 0)
 
@@ -113,7 +108,7 @@ def intra_global(log_p: Float[Tensor, "T E"], routing: Routing, groups: Groups) 
 
 def intra_group_conditional(log_p: Float[Tensor, "T E"], routing: Routing, groups: Groups) -> Float[Tensor, ""]:
     """Mean over tokens and groups of C_g, between 1/S and 1."""
-    concentration = groups.sum((2 * _log_shares(log_p, groups)).exp())
+    concentration = groups.sum(groups.shares(log_p).square())
     return masked_mean(concentration.mean(-1), routing.context.mask)
 
 
@@ -124,13 +119,13 @@ def intra_entropy(log_p: Float[Tensor, "T E"], routing: Routing, groups: Groups)
 
 def intra_group_entropy(log_p: Float[Tensor, "T E"], routing: Routing, groups: Groups) -> Float[Tensor, ""]:
     """−mean over tokens and groups of H(q_g), between −log S and 0."""
-    log_q = _log_shares(log_p, groups)
+    log_q = log_p - groups.expand(groups.log_sum(log_p))
     return masked_mean(groups.sum(log_q.exp() * log_q).mean(-1), routing.context.mask)
 
 
 def inter_dense(log_p: Float[Tensor, "T E"], routing: Routing, groups: Groups) -> Float[Tensor, ""]:
     """Mean Σ_g m_g², between 1/G and 1."""
-    return masked_mean((2 * groups.log_sum(log_p)).exp().sum(-1), routing.context.mask)
+    return masked_mean(groups.sum(log_p.exp()).square().sum(-1), routing.context.mask)
 
 
 def inter_sparse(log_p: Float[Tensor, "T E"], routing: Routing, groups: Groups) -> Float[Tensor, ""]:

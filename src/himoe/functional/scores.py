@@ -73,7 +73,7 @@ def softmax_per_group(
     if len(per_group) != groups.num_groups or min(per_group) < 1 or any(map(operator.gt, per_group, groups.sizes)):
         raise ConfigError(f"softmax_per_group: k = {k} must give each group 1 to its size, sizes {groups.sizes}")
     share = numbers_on(logits.device, per_group, logits.dtype) / sum(per_group)
-    return (logits - groups.expand(groups.log_sum(logits))).exp() * groups.expand(share)
+    return groups.shares(logits) * groups.expand(share)
 
 
 relu.renormalize = False  # type: ignore[attr-defined]
