@@ -100,7 +100,11 @@ class Groups:
         """Divide each value by its group's sum, from logarithms; right where the sum itself underflows."""
         if self.is_equal:
             return log_values.unflatten(-1, (self.num_groups, -1)).softmax(-1).flatten(-2)
-        return (log_values - self.expand(self.log_sum(log_values))).exp()
+        columns = [numbers_on(log_values.device, members) for members in self.members]
+        shares = torch.cat([log_values[..., members].softmax(-1) for members in columns], dim=-1)
+        order = [e for group in self.members for e in group]
+        place = tuple(sorted(range(self.num_experts), key=order.__getitem__))  # of every expert in that order
+        return shares[..., numbers_on(log_values.device, place)]
 
     def expand(self, values: Float[Tensor, "*batch G"]) -> Float[Tensor, "*batch E"]:
         """Give every expert the value of its group."""
