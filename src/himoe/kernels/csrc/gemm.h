@@ -2,8 +2,8 @@
 //
 // A product is cut as BLIS does: kDepth numbers of every sum at a time, a panel of B (two vectors wide) in the L1
 // cache, rows of A in the L2 cache. One microkernel, in the vector extensions of GCC and Clang, keeps 6 rows of C by
-// two vectors in registers; from the L1 cache it reaches 98 % of an EPYC's rate. Why not BLAS: packing is one with what
-// has to be done anyway (gathering tokens, activation, widening), and MKL is slow on processors that are not Intel's.
+// two vectors in registers. Why not BLAS: packing is one with what has to be done anyway (gathering tokens, activation,
+// widening); what that is worth stands in docs/results/layer.md.
 
 #pragma once
 
