@@ -37,7 +37,7 @@ inline __attribute__((always_inline)) void multiply_tile(bool add, Int depth, co
     for (int v = 0; v < V; ++v) *reinterpret_cast<LooseVec*>(c + r * c_row + v * kLanes) = sum[r][v];
 }
 
-// How A lies: row after row, or in blocks of kTileRows rows, each transposed (pack_blocks); a_row is then the depth.
+// How A lies: row after row, or in blocks of kTileRows rows, each transposed (pack_blocks); a_row is then block_rows.
 enum class Left { kRows, kBlocks };
 
 template <Left left, int R, int V>
@@ -74,7 +74,7 @@ void multiply_panel(bool add, Int m, Int columns, Int depth, const float* a, Int
 
 // Scratch of the products below, in floats.
 inline Int weight_floats(Int n) { return (n + kWide) * kDepth; }
-constexpr Int kGradientFloats = (kStrip + kWide) * kDepth;
+inline Int gradient_floats() { return kStrip * block_rows(kDepth) + kWide * kDepth; }
 
 // C (n, columns) = A B: fill(r, k, some, to) writes `some` numbers of A's row r from the k-th on, and a weight holds B,
 // (depth, columns), or its transpose.
@@ -92,7 +92,7 @@ void multiply_weight(bool transposed, Int n, Int columns, Int depth, const Fill&
       if (transposed)
         pack_columns([=](Int i) { return weight + (j + i) * depth + k; }, wide, some, panels);
       else
-        for (Int i = 0; i < some; ++i) pack_row(weight + (k + i) * columns + j, wide, some, i, panels);
+        pack_rows([=](Int i) { return weight + (k + i) * columns + j; }, some, wide, panels);
       for (Int q = 0; q < wide; q += kPanel)
         multiply_panel<Left::kRows>(k > 0, n, std::min(kPanel, wide - q), some, left, some, panels + q * some,
                                     c + j + q, columns);
@@ -129,18 +129,18 @@ template <class LeftAt, class RightAt>
 void multiply_transposed(Int m, Int columns, Int depth, const LeftAt& left, const RightAt& right, float* c, Int c_row,
                          float* scratch) {
   float* blocks = scratch;
-  float* panels = scratch + kStrip * kDepth;
+  float* panels = scratch + kStrip * block_rows(kDepth);
   for (Int k = 0; k < depth; k += kDepth) {
     const Int some = std::min(kDepth, depth - k);
     for (Int j = 0; j < columns; j += kWide) {
       const Int wide = std::min(kWide, columns - j);
-      for (Int r = 0; r < some; ++r) pack_row(right(k + r) + j, wide, some, r, panels);
+      pack_rows([&](Int r) { return right(k + r) + j; }, some, wide, panels);
       for (Int i = 0; i < m; i += kStrip) {
         const Int rows = std::min(kStrip, m - i);
         pack_blocks([&](Int r) { return left(k + r) + i; }, some, rows, blocks);
         for (Int q = 0; q < wide; q += kPanel)
-          multiply_panel<Left::kBlocks>(k > 0, rows, std::min(kPanel, wide - q), some, blocks, some, panels + q * some,
-                                        c + i * c_row + j + q, c_row);
+          multiply_panel<Left::kBlocks>(k > 0, rows, std::min(kPanel, wide - q), some, blocks, block_rows(some),
+                                        panels + q * some, c + i * c_row + j + q, c_row);
       }
     }
   }

@@ -62,16 +62,32 @@ inline __attribute__((always_inline)) void transpose(Eight (&v)[8]) {
   }
 }
 
-// Row number `row` of `rows` into panels: all rows of kPanel columns, then those of the next. What fills up the last
-// one is multiplied but not stored; what lay there before could be slow numbers.
+// Rows lie apart in memory, where hardware does not fetch ahead from one to the next.
+constexpr Int kRowsAhead = 8;
+
 template <class T>
-void pack_row(const T* from, Int columns, Int rows, Int row, float* panels) {
-  float* to = panels + row * kPanel;
-  Int j = 0;
-  for (; j + kPanel <= columns; j += kPanel, to += rows * kPanel) convert(from + j, to, kPanel);
-  if (j == columns) return;
-  convert(from + j, to, columns - j);
-  std::fill(to + columns - j, to + kPanel, 0.0f);
+void prefetch(const T* from, Int n) {
+  for (Int i = 0; i < n; i += 64 / Int(sizeof(T))) __builtin_prefetch(from + i);
+}
+
+// Rows at(0) … at(rows - 1) into panels, each as a row of kPanel numbers. A few panels at a time, whose lines stay in
+// the L1 cache. What fills up the last panel is multiplied but not stored; what lay there before could be slow numbers.
+template <class At>
+void pack_rows(const At& at, Int rows, Int columns, float* panels) {
+  constexpr Int kSome = 4 * kPanel;
+  for (Int j = 0; j < columns; j += kSome) {
+    const Int some = std::min(kSome, columns - j);
+    for (Int r = 0; r < rows; ++r) {
+      prefetch(at(std::min(r + kRowsAhead, rows - 1)) + j, some);
+      const auto* from = at(r) + j;
+      float* to = panels + j * rows + r * kPanel;
+      Int i = 0;
+      for (; i + kPanel <= some; i += kPanel, to += rows * kPanel) convert(from + i, to, kPanel);
+      if (i == some) continue;
+      convert(from + i, to, some - i);
+      std::fill(to + some - i, to + kPanel, 0.0f);
+    }
+  }
 }
 
 // Rows at(0) … at(n - 1) as columns of panels. A last panel is filled up with the last row.
@@ -111,14 +127,20 @@ void unpack_columns(const float* panels, Int n, Int width, T* to) {
   }
 }
 
+// From one block of the transpose to the next, in rows: a few more than it has, or all would lie in the same few sets of
+// the L1 cache.
+inline Int block_rows(Int depth) { return depth + 8; }
+
 // Numbers 0 … m of rows at(0) … at(depth - 1) as blocks of the transpose.
 template <class At>
 void pack_blocks(const At& at, Int depth, Int m, float* to) {
+  const Int step = block_rows(depth);
   for (Int k = 0; k < depth; ++k, to += kTileRows) {
+    prefetch(at(std::min(k + kRowsAhead, depth - 1)), m);
     const auto* from = at(k);
     Int i = 0;
-    for (; i + kTileRows <= m; i += kTileRows) convert(from + i, to + i * depth, kTileRows);
-    convert(from + i, to + i * depth, m - i);
+    for (; i + kTileRows <= m; i += kTileRows) convert(from + i, to + i * step, kTileRows);
+    convert(from + i, to + i * step, m - i);
   }
 }
 

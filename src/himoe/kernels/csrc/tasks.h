@@ -13,6 +13,8 @@ constexpr Int kHalfDepth = 512;    // rows summed by one bf16 product of a weigh
 constexpr Int kSumArea = 1 << 18;  // numbers of a bf16 weight gradient summed in fp32 at a time
 constexpr Int kFewRows = 48;       // so many rows at most become columns in forward, to read weights as they lie
 
+constexpr Int kLeastRows = 96, kMostRows = 256;  // of a tile, usually; the most are half of an L2 cache
+
 enum Kind { kForwardTile, kBackwardTile, kUpGrad, kDownGrad, kZeroGrad };
 
 struct Task {
@@ -30,17 +32,19 @@ inline bool is_tile(const Task& t) { return t.kind == kForwardTile || t.kind == 
 inline Int kept_rows(const Problem& p) { return p.offsets[p.experts - 1]; }
 
 // Enough tiles to keep threads busy, each with enough rows to pay for packing the expert's weights.
-inline Int rows_per_tile(const Problem& p) { return std::clamp<Int>(kept_rows(p) / 16, 96, 192); }
+inline Int rows_per_tile(const Problem& p) { return std::clamp(kept_rows(p) / 16, kLeastRows, kMostRows); }
 
 struct Block {
   Int rows, columns;
 };
 
-// Blocks of an (n, m) weight gradient summed over `rows` rows. None is more than about 1/32 of the work on all experts,
-// so one huge expert keeps every thread busy; bf16 ones fit the scratch in which they are summed in fp32. The longer
-// side is cut: narrow products are slow.
+// Blocks of an (n, m) weight gradient summed over `rows` rows. Few blocks pack less, but none is more than about two
+// for every thread of the work on all experts, so one huge expert keeps every thread busy. Where a block ends changes no
+// bit, but for bf16 products, whose blocks must not depend on threads; they also fit the scratch in which they are
+// summed in fp32. The longer side is cut: narrow products are slow.
 inline Block gradient_block(const Problem& p, Int n, Int m, Int rows) {
-  Int area = std::max<Int>(64 * 64, kept_rows(p) * n * m / (32 * std::max<Int>(rows, 1)));
+  const Int blocks = p.mode == kHalf ? 32 : std::max<Int>(16, 2 * p.threads);
+  Int area = std::max<Int>(64 * 64, kept_rows(p) * n * m / (blocks * std::max<Int>(rows, 1)));
   if (p.mode != kSingle) area = std::min(area, kSumArea);
   while (n * m > area && std::max(n, m) > 64) {
     Int& longer = n >= m ? n : m;
@@ -89,7 +93,9 @@ inline std::vector<Task> list_tasks(const Problem& p, bool backward) {
   for (Int e = 0; e < p.experts; ++e) {
     Task tile = experts[e];
     const Int row0 = tile.row0, end = tile.row1, rows = end - row0;
-    const Int tiles = rows ? std::max<Int>(1, (rows + usual / 2) / usual) : 0;
+    // Forward ends with smaller ones, so that threads end together; backward with blocks of gradients.
+    const Int here = !backward && end + usual * p.threads > kept_rows(p) ? std::max(kLeastRows, usual / 2) : usual;
+    const Int tiles = rows ? std::max<Int>(1, (rows + here / 2) / here) : 0;
     const Int each = tiles ? round_up((rows + tiles - 1) / tiles, kTileRows) : 0;
     while (backward && next < tile.after) add_gradients(experts[next++]);
     tile.kind = backward ? kBackwardTile : kForwardTile;
@@ -114,7 +120,7 @@ inline Int scratch_floats(const Problem& p, const std::vector<Task>& tasks) {
     const Int n = t.row1 - t.row0, I = t.i1 - t.i0, J = t.j1 - t.j0;
     Int floats = 0;
     if (t.kind == kUpGrad || t.kind == kDownGrad) {
-      floats = half ? std::min(kHalfDepth, n) * (I + J) + 2 * I * J : kGradientFloats + (widened ? I * J : 0);
+      floats = half ? std::min(kHalfDepth, n) * (I + J) + 2 * I * J : gradient_floats() + (widened ? I * J : 0);
     } else if (t.kind == kForwardTile && !half && is_few(n)) {
       floats = round_up(n, kPanel) * (D + H) + n * F;
     } else if (is_tile(t)) {
