@@ -15,16 +15,17 @@ constexpr Int kDepth = 256;  // numbers of a sum at a time: with AVX2 a panel of
 constexpr Int kWide = 256;   // columns of B packed at a time
 constexpr Int kStrip = 96;   // columns of a transposed A packed at a time
 
-// C (R, V vectors) = A B, or C + A B. A's steps along rows and along the sum are any.
+// C (R, V vectors) = A B, or C + A B. A's steps along rows and along the sum are any. The rows of A that come next are
+// fetched to the L1 cache meanwhile: each tile begins new streams, which hardware sees too late.
 template <int R, int V>
 inline __attribute__((always_inline)) void multiply_tile(bool add, Int depth, const float* a, Int a_row, Int a_step,
-                                                         const float* b, float* c, Int c_row) {
+                                                         const float* next, const float* b, float* c, Int c_row) {
+  constexpr Int kLine = 16;
   Vec sum[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v)
       sum[r][v] = add ? Vec(*reinterpret_cast<const LooseVec*>(c + r * c_row + v * kLanes)) : Vec{};
-#pragma GCC unroll 4
-  for (Int i = 0; i < depth; ++i, a += a_step, b += kPanel) {
+  const auto add_products = [&]() __attribute__((always_inline)) {
     Vec right[V];
     for (int v = 0; v < V; ++v) right[v] = *reinterpret_cast<const Vec*>(b + v * kLanes);
 #if defined(__AVX__)
@@ -32,7 +33,14 @@ inline __attribute__((always_inline)) void multiply_tile(bool add, Int depth, co
 #endif
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < V; ++v) sum[r][v] += right[v] * a[r * a_row];
+    a += a_step, b += kPanel;
+  };
+  for (; depth >= kLine; depth -= kLine, next += kLine * a_step) {
+    for (int r = 0; r < R; ++r) __builtin_prefetch(next + r * (a_step == 1 ? a_row : kLine));
+#pragma GCC unroll 8
+    for (Int i = 0; i < kLine; ++i) add_products();
   }
+  for (; depth > 0; --depth) add_products();
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) *reinterpret_cast<LooseVec*>(c + r * c_row + v * kLanes) = sum[r][v];
 }
@@ -48,11 +56,11 @@ void multiply_rows(bool add, Int m, Int depth, const float* a, Int a_row, const 
     // unlike the same row in company.
     Int none = 0;
     asm("" : "+r"(none));
-    if (m > 0) multiply_tile<2, 1>(add, depth, a, none, rows ? 1 : kTileRows, b, c, none);
+    if (m > 0) multiply_tile<2, 1>(add, depth, a, none, rows ? 1 : kTileRows, a, b, c, none);
     return;
   }
   for (; m >= R; m -= R, a += R * a_row, c += R * c_row)
-    multiply_tile<R, V>(add, depth, a, rows ? a_row : 1, rows ? 1 : kTileRows, b, c, c_row);
+    multiply_tile<R, V>(add, depth, a, rows ? a_row : 1, rows ? 1 : kTileRows, a + R * a_row, b, c, c_row);
   if constexpr (R > 1)
     if (m > 0) multiply_rows<left, R - 1, V>(add, m, depth, a, a_row, b, c, c_row);
 }
