@@ -20,7 +20,7 @@ constexpr Int kStrip = 96;   // columns of a transposed A packed at a time
 template <int R, int V>
 inline __attribute__((always_inline)) void multiply_tile(bool add, Int depth, const float* a, Int a_row, Int a_step,
                                                          const float* next, const float* b, float* c, Int c_row) {
-  constexpr Int kLine = 16;
+  constexpr Int kLine = 16;  // floats of a cache line; a loop of that many steps, or GCC keeps sums in memory
   Vec sum[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v)

@@ -38,10 +38,10 @@ struct Block {
   Int rows, columns;
 };
 
-// Blocks of an (n, m) weight gradient summed over `rows` rows. Few blocks pack less, but none is more than about two
-// for every thread of the work on all experts, so one huge expert keeps every thread busy. Where a block ends changes no
-// bit, but for bf16 products, whose blocks must not depend on threads; they also fit the scratch in which they are
-// summed in fp32. The longer side is cut: narrow products are slow.
+// Blocks of an (n, m) weight gradient summed over `rows` rows. Few blocks pack less, but all experts together have two
+// for every thread at least, so that one huge expert keeps them all busy. Those of torch's bf16 products do not depend
+// on threads: there it may change bits where a block ends. bf16 ones fit the scratch in which they are summed in fp32.
+// The longer side is cut: narrow products are slow.
 inline Block gradient_block(const Problem& p, Int n, Int m, Int rows) {
   const Int blocks = p.mode == kHalf ? 32 : std::max<Int>(16, 2 * p.threads);
   Int area = std::max<Int>(64 * 64, kept_rows(p) * n * m / (blocks * std::max<Int>(rows, 1)));
@@ -77,37 +77,46 @@ inline std::vector<Task> place_experts(const Problem& p) {
   return experts;
 }
 
-// All tasks in the order in which threads take them. An expert's weight gradients come a little later than its row
-// tiles: late enough that those are done, early enough that what they wrote is still in the cache.
+// All tasks in the order in which threads take them. Who takes one finds at most those just before it unfinished, one
+// for every other thread: so many tasks stand between an expert's row tiles and its weight gradients, and between those
+// and a tile that takes their place in unit and d_hidden. Then nobody waits, and what was written is still in the cache.
 inline std::vector<Task> list_tasks(const Problem& p, bool backward) {
   std::vector<Task> tasks;
   const std::vector<Task> experts = place_experts(p);
-  const Int usual = rows_per_tile(p);
-  std::vector<Int> tiles_before(p.experts + 1, 0);
-  const auto add_gradients = [&](const Task& expert) {
-    if (expert.row0 == expert.row1) return tasks.push_back(expert);
-    if (p.need_up) add_blocks(p, expert, kUpGrad, p.rows_up, p.width, tasks);
-    if (p.need_down) add_blocks(p, expert, kDownGrad, p.width, p.units, tasks);
-  };
+  const Int usual = rows_per_tile(p), others = p.threads - 1;
+  std::vector<Int> tiles_end(p.experts), gradients_end(p.experts);  // in the list
   Int next = 0;  // the first expert whose gradients are not listed
+  const auto size = [&] { return Int(tasks.size()); };
+  const auto add_gradients = [&] {
+    const Task& expert = experts[next];
+    const bool any = expert.row0 < expert.row1;
+    if (!any) tasks.push_back(expert);
+    if (any && p.need_up) add_blocks(p, expert, kUpGrad, p.rows_up, p.width, tasks);
+    if (any && p.need_down) add_blocks(p, expert, kDownGrad, p.width, p.units, tasks);
+    gradients_end[next++] = size();
+  };
   for (Int e = 0; e < p.experts; ++e) {
     Task tile = experts[e];
     const Int row0 = tile.row0, end = tile.row1, rows = end - row0;
-    // Forward ends with smaller ones, so that threads end together; backward with blocks of gradients.
-    const Int here = !backward && end + usual * p.threads > kept_rows(p) ? std::max(kLeastRows, usual / 2) : usual;
+    // Forward ends with smaller tiles, so that threads end together; backward with blocks of gradients.
+    const bool last = !backward && p.mode != kHalf && end + usual * p.threads > kept_rows(p);
+    const Int here = last ? std::max(kLeastRows, usual / 2) : usual;
     const Int tiles = rows ? std::max<Int>(1, (rows + here / 2) / here) : 0;
     const Int each = tiles ? round_up((rows + tiles - 1) / tiles, kTileRows) : 0;
-    while (backward && next < tile.after) add_gradients(experts[next++]);
+    const auto ready = [&] { return next < e && size() >= tiles_end[next] + others; };
+    if (backward && tile.after > 0) {
+      while (next < tile.after) add_gradients();
+      while (ready() && size() < gradients_end[tile.after - 1] + others) add_gradients();
+    }
     tile.kind = backward ? kBackwardTile : kForwardTile;
     for (Int r = row0; r < end; r += each) {
       tile.row0 = r, tile.row1 = std::min(r + each, end);
       tasks.push_back(tile);
     }
-    tiles_before[e + 1] = tiles_before[e] + tiles;
-    while (backward && next < e && tiles_before[e + 1] - tiles_before[next + 1] >= p.threads)
-      add_gradients(experts[next++]);
+    tiles_end[e] = size();
+    while (backward && ready()) add_gradients();
   }
-  while (backward && next < p.experts) add_gradients(experts[next++]);
+  while (backward && next < p.experts) add_gradients();
   return tasks;
 }
 
