@@ -42,6 +42,7 @@ LARGE = {
     "some pairs unkept": {"tokens": 900, "num_experts": 4, "k": 2, "kept": "some", "width": 33, "units": 129},
     "many experts share the working space": {"tokens": 1500, "num_experts": 40, "k": 2, "units": 24},
     "wider than what is packed at a time": {"tokens": 1200, "num_experts": 40, "k": 2, "width": 530, "units": 150},
+    "tiles of the most rows": {"tokens": 2300, "num_experts": 3, "k": 2, "width": 40, "units": 72},
     "gelu": {"tokens": 900, "num_experts": 4, "k": 2, "activation": "gelu", "width": 33, "units": 129},
     "relu": {"tokens": 900, "num_experts": 4, "k": 2, "activation": "relu", "width": 129, "units": 33},
     "relu2": {"tokens": 900, "num_experts": 4, "k": 2, "activation": "relu2", "width": 129, "units": 33},
@@ -67,13 +68,19 @@ def test_many_tiles_are_the_loop_in_fp64_and_threads_change_no_bit(name, dtype, 
 
 @needs_kernel
 @pytest.mark.parametrize("spread", ["all", "few", "one"])
-def test_products_in_bf16_instructions(spread, monkeypatch):
+def test_products_in_bf16_instructions(spread, monkeypatch, threads):
     """Where torch has bf16 products they are used; without such instructions torch computes them slowly."""
     monkeypatch.setattr(loop, "multiplies_bf16", lambda: True)
     if not native.available(torch.bfloat16):
         pytest.skip(native.status(torch.bfloat16).reason)
-    case = make_case(tokens=600, width=40, units=24, num_experts=4, k=1, kept="all", spread=spread)
-    assert_equal(run(case, backend="native", dtype=torch.bfloat16), run(case, backend="loop"), 4e-2)
+    case = make_case(tokens=1200, width=130, units=70, num_experts=4, k=1, kept="all", spread=spread)
+    results = []
+    for count in (1, 24):
+        threads(count)
+        results.append(run(case, backend="native", dtype=torch.bfloat16))
+    assert_equal(results[0], run(case, backend="loop"), 4e-2)
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(results[0][1][n], results[1][1][n]) for n in NAMES)
 
 
 @needs_kernel

@@ -1,9 +1,9 @@
 // The expert MLP on a CPU: tasks over (expert, row tile) and over blocks of the weight gradients, serial inside.
 //
 // native.py compiles this file and passes it plain pointers. Every number is summed in one order, wherever a tile or a
-// block ends and whoever takes it, so results are the same bits for any number of threads. There is no barrier inside a
-// pass: a block of a weight gradient waits for its own expert's row tiles, which stand further ahead in the one list of
-// tasks.
+// block ends and whoever takes it, so results are the same bits for any number of threads (torch's bf16 products are
+// always cut alike instead). There is no barrier inside a pass: a block of a weight gradient waits for its own expert's
+// row tiles, which stand further ahead in the one list of tasks.
 
 #include <algorithm>
 #include <atomic>

@@ -15,12 +15,12 @@ constexpr Int kDepth = 256;  // numbers of a sum at a time: with AVX2 a panel of
 constexpr Int kWide = 256;   // columns of B packed at a time
 constexpr Int kStrip = 96;   // columns of a transposed A packed at a time
 
-// C (R, V vectors) = A B, or C + A B. A's steps along rows and along the sum are any. The rows of A that come next are
-// fetched to the L1 cache meanwhile: each tile begins new streams, which hardware sees too late.
+// C (R, V vectors) = A B, or C + A B. A's steps along rows and along the sum are any. The rows at `next` are fetched to
+// the L1 cache meanwhile: with each tile new streams begin, which hardware sees too late.
 template <int R, int V>
 inline __attribute__((always_inline)) void multiply_tile(bool add, Int depth, const float* a, Int a_row, Int a_step,
                                                          const float* next, const float* b, float* c, Int c_row) {
-  constexpr Int kLine = 16;  // floats of a cache line; a loop of that many steps, or GCC keeps sums in memory
+  constexpr Int kSteps = kLine / sizeof(float);
   Vec sum[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v)
@@ -35,17 +35,17 @@ inline __attribute__((always_inline)) void multiply_tile(bool add, Int depth, co
       for (int v = 0; v < V; ++v) sum[r][v] += right[v] * a[r * a_row];
     a += a_step, b += kPanel;
   };
-  for (; depth >= kLine; depth -= kLine, next += kLine * a_step) {
-    for (int r = 0; r < R; ++r) __builtin_prefetch(next + r * (a_step == 1 ? a_row : kLine));
+  for (; depth >= kSteps; depth -= kSteps, next += kSteps * a_step) {
+    for (int r = 0; r < R; ++r) __builtin_prefetch(next + r * (a_step == 1 ? a_row : kSteps));
 #pragma GCC unroll 8
-    for (Int i = 0; i < kLine; ++i) add_products();
+    for (Int i = 0; i < kSteps; ++i) add_products();  // of any other number of steps GCC keeps the sums in memory
   }
   for (; depth > 0; --depth) add_products();
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) *reinterpret_cast<LooseVec*>(c + r * c_row + v * kLanes) = sum[r][v];
 }
 
-// How A lies: row after row, or in blocks of kTileRows rows, each transposed (pack_blocks); a_row is then block_rows.
+// How A lies: row after row, or in blocks of kTileRows rows, each transposed (pack_blocks); a_row is then block_depth.
 enum class Left { kRows, kBlocks };
 
 template <Left left, int R, int V>
@@ -60,7 +60,7 @@ void multiply_rows(bool add, Int m, Int depth, const float* a, Int a_row, const 
     return;
   }
   for (; m >= R; m -= R, a += R * a_row, c += R * c_row)
-    multiply_tile<R, V>(add, depth, a, rows ? a_row : 1, rows ? 1 : kTileRows, a + R * a_row, b, c, c_row);
+    multiply_tile<R, V>(add, depth, a, rows ? a_row : 1, rows ? 1 : kTileRows, m > R ? a + R * a_row : a, b, c, c_row);
   if constexpr (R > 1)
     if (m > 0) multiply_rows<left, R - 1, V>(add, m, depth, a, a_row, b, c, c_row);
 }
@@ -82,7 +82,7 @@ void multiply_panel(bool add, Int m, Int columns, Int depth, const float* a, Int
 
 // Scratch of the products below, in floats.
 inline Int weight_floats(Int n) { return (n + kWide) * kDepth; }
-inline Int gradient_floats() { return kStrip * block_rows(kDepth) + kWide * kDepth; }
+constexpr Int kGradientFloats = kStrip * block_depth(kDepth) + kWide * kDepth;
 
 // C (n, columns) = A B: fill(r, k, some, to) writes `some` numbers of A's row r from the k-th on, and a weight holds B,
 // (depth, columns), or its transpose.
@@ -137,17 +137,20 @@ template <class LeftAt, class RightAt>
 void multiply_transposed(Int m, Int columns, Int depth, const LeftAt& left, const RightAt& right, float* c, Int c_row,
                          float* scratch) {
   float* blocks = scratch;
-  float* panels = scratch + kStrip * block_rows(kDepth);
+  float* panels = scratch + kStrip * block_depth(kDepth);
+  decltype(left(0)) left_rows[kDepth];
+  decltype(right(0)) right_rows[kDepth];
   for (Int k = 0; k < depth; k += kDepth) {
     const Int some = std::min(kDepth, depth - k);
+    for (Int r = 0; r < some; ++r) left_rows[r] = left(k + r), right_rows[r] = right(k + r);
     for (Int j = 0; j < columns; j += kWide) {
       const Int wide = std::min(kWide, columns - j);
-      pack_rows([&](Int r) { return right(k + r) + j; }, some, wide, panels);
+      pack_rows([&](Int r) { return right_rows[r] + j; }, some, wide, panels);
       for (Int i = 0; i < m; i += kStrip) {
         const Int rows = std::min(kStrip, m - i);
-        pack_blocks([&](Int r) { return left(k + r) + i; }, some, rows, blocks);
+        pack_blocks([&](Int r) { return left_rows[r] + i; }, some, rows, blocks);
         for (Int q = 0; q < wide; q += kPanel)
-          multiply_panel<Left::kBlocks>(k > 0, rows, std::min(kPanel, wide - q), some, blocks, block_rows(some),
+          multiply_panel<Left::kBlocks>(k > 0, rows, std::min(kPanel, wide - q), some, blocks, block_depth(some),
                                         panels + q * some, c + i * c_row + j + q, c_row);
       }
     }

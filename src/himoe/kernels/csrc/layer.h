@@ -122,13 +122,13 @@ struct Layer {
       return (of_up ? token(x, row) : unit + (row + t.shift) * p.units) + t.j0;
     };
     if constexpr (std::is_same_v<S, float>) {
-      multiply_transposed(I, J, n, left, right, block, columns, scratch.take<float>(gradient_floats()));
+      multiply_transposed(I, J, n, left, right, block, columns, scratch.take<float>(kGradientFloats));
     } else {
       float* sum = scratch.take<float>(I * J);
       if constexpr (kHalf)
         sum_of_halves(I, J, n, left, right, sum, scratch);
       else
-        multiply_transposed(I, J, n, left, right, sum, J, scratch.take<float>(gradient_floats()));
+        multiply_transposed(I, J, n, left, right, sum, J, scratch.take<float>(kGradientFloats));
       for (Int i = 0; i < I; ++i) convert(sum + i * J, block + i * columns, J);
     }
   }

@@ -62,12 +62,14 @@ inline __attribute__((always_inline)) void transpose(Eight (&v)[8]) {
   }
 }
 
-// Rows lie apart in memory, where hardware does not fetch ahead from one to the next.
+// Rows lie apart in memory, where hardware does not fetch ahead from one to the next. So many of 256 numbers take about
+// as long to copy as one takes to come.
 constexpr Int kRowsAhead = 8;
+constexpr Int kLine = 64;  // bytes of a cache line
 
 template <class T>
 void prefetch(const T* from, Int n) {
-  for (Int i = 0; i < n; i += 64 / Int(sizeof(T))) __builtin_prefetch(from + i);
+  for (Int i = 0; i < n; i += kLine / Int(sizeof(T))) __builtin_prefetch(from + i);
 }
 
 // Rows at(0) … at(rows - 1) into panels, each as a row of kPanel numbers. A few panels at a time, whose lines stay in
@@ -127,14 +129,14 @@ void unpack_columns(const float* panels, Int n, Int width, T* to) {
   }
 }
 
-// From one block of the transpose to the next, in rows: a few more than it has, or all would lie in the same few sets of
-// the L1 cache.
-inline Int block_rows(Int depth) { return depth + 8; }
+// From one block of the transpose to the next, in numbers of a sum: a few more than it has, or all blocks would lie in
+// the same few sets of the L1 cache.
+constexpr Int block_depth(Int depth) { return depth + 8; }
 
 // Numbers 0 … m of rows at(0) … at(depth - 1) as blocks of the transpose.
 template <class At>
 void pack_blocks(const At& at, Int depth, Int m, float* to) {
-  const Int step = block_rows(depth);
+  const Int step = block_depth(depth);
   for (Int k = 0; k < depth; ++k, to += kTileRows) {
     prefetch(at(std::min(k + kRowsAhead, depth - 1)), m);
     const auto* from = at(k);

@@ -13,7 +13,7 @@ constexpr Int kHalfDepth = 512;    // rows summed by one bf16 product of a weigh
 constexpr Int kSumArea = 1 << 18;  // numbers of a bf16 weight gradient summed in fp32 at a time
 constexpr Int kFewRows = 48;       // so many rows at most become columns in forward, to read weights as they lie
 
-constexpr Int kLeastRows = 96, kMostRows = 256;  // of a tile, usually; the most are half of an L2 cache
+constexpr Int kLeastRows = 96, kMostRows = 252;  // of a usual tile; kDepth numbers of the most are a quarter of a MiB
 
 enum Kind { kForwardTile, kBackwardTile, kUpGrad, kDownGrad, kZeroGrad };
 
@@ -31,20 +31,24 @@ inline bool is_tile(const Task& t) { return t.kind == kForwardTile || t.kind == 
 
 inline Int kept_rows(const Problem& p) { return p.offsets[p.experts - 1]; }
 
-// Enough tiles to keep threads busy, each with enough rows to pay for packing the expert's weights.
-inline Int rows_per_tile(const Problem& p) { return std::clamp(kept_rows(p) / 16, kLeastRows, kMostRows); }
+// For how many threads at least work is cut. With torch's bf16 products it may change bits where a tile or a block
+// ends; there it does not depend on the number of threads.
+inline Int cut_for(const Problem& p) { return p.mode == kHalf ? 8 : std::max<Int>(8, p.threads); }
+
+// Two tiles for every thread, each with enough rows to pay for packing the expert's weights.
+inline Int rows_per_tile(const Problem& p) {
+  return std::clamp(kept_rows(p) / (2 * cut_for(p)), kLeastRows, kMostRows);
+}
 
 struct Block {
   Int rows, columns;
 };
 
-// Blocks of an (n, m) weight gradient summed over `rows` rows. Few blocks pack less, but all experts together have two
-// for every thread at least, so that one huge expert keeps them all busy. Those of torch's bf16 products do not depend
-// on threads: there it may change bits where a block ends. bf16 ones fit the scratch in which they are summed in fp32.
-// The longer side is cut: narrow products are slow.
+// Blocks of an (n, m) weight gradient summed over `rows` rows. Few blocks pack less, but if they are not small, there
+// are two for every thread among all experts, so that one huge expert keeps them all busy. In both bf16 modes they fit
+// the scratch in which they are summed in fp32. The longer side is cut: narrow products are slow.
 inline Block gradient_block(const Problem& p, Int n, Int m, Int rows) {
-  const Int blocks = p.mode == kHalf ? 32 : std::max<Int>(16, 2 * p.threads);
-  Int area = std::max<Int>(64 * 64, kept_rows(p) * n * m / (blocks * std::max<Int>(rows, 1)));
+  Int area = std::max<Int>(64 * 64, kept_rows(p) * n * m / (2 * cut_for(p) * std::max<Int>(rows, 1)));
   if (p.mode != kSingle) area = std::min(area, kSumArea);
   while (n * m > area && std::max(n, m) > 64) {
     Int& longer = n >= m ? n : m;
@@ -77,9 +81,10 @@ inline std::vector<Task> place_experts(const Problem& p) {
   return experts;
 }
 
-// All tasks in the order in which threads take them. Who takes one finds at most those just before it unfinished, one
-// for every other thread: so many tasks stand between an expert's row tiles and its weight gradients, and between those
-// and a tile that takes their place in unit and d_hidden. Then nobody waits, and what was written is still in the cache.
+// All tasks in the order in which threads take them. Who takes one usually finds unfinished at most those just before
+// it, one for every other thread: so many tasks stand, where there are enough, between an expert's row tiles and its
+// weight gradients, and between those and a tile that takes their place in unit and d_hidden. Then waits are rare, and
+// what was written is still in the cache.
 inline std::vector<Task> list_tasks(const Problem& p, bool backward) {
   std::vector<Task> tasks;
   const std::vector<Task> experts = place_experts(p);
@@ -98,8 +103,8 @@ inline std::vector<Task> list_tasks(const Problem& p, bool backward) {
   for (Int e = 0; e < p.experts; ++e) {
     Task tile = experts[e];
     const Int row0 = tile.row0, end = tile.row1, rows = end - row0;
-    // Forward ends with smaller tiles, so that threads end together; backward with blocks of gradients.
-    const bool last = !backward && p.mode != kHalf && end + usual * p.threads > kept_rows(p);
+    // Smaller tiles where most of an expert is in forward's last round, so that threads end together.
+    const bool last = !backward && p.mode != kHalf && (row0 + end) / 2 >= kept_rows(p) - usual * p.threads;
     const Int here = last ? std::max(kLeastRows, usual / 2) : usual;
     const Int tiles = rows ? std::max<Int>(1, (rows + here / 2) / here) : 0;
     const Int each = tiles ? round_up((rows + tiles - 1) / tiles, kTileRows) : 0;
@@ -129,7 +134,7 @@ inline Int scratch_floats(const Problem& p, const std::vector<Task>& tasks) {
     const Int n = t.row1 - t.row0, I = t.i1 - t.i0, J = t.j1 - t.j0;
     Int floats = 0;
     if (t.kind == kUpGrad || t.kind == kDownGrad) {
-      floats = half ? std::min(kHalfDepth, n) * (I + J) + 2 * I * J : gradient_floats() + (widened ? I * J : 0);
+      floats = half ? std::min(kHalfDepth, n) * (I + J) + 2 * I * J : kGradientFloats + (widened ? I * J : 0);
     } else if (t.kind == kForwardTile && !half && is_few(n)) {
       floats = round_up(n, kPanel) * (D + H) + n * F;
     } else if (is_tile(t)) {
