@@ -38,7 +38,7 @@ inline __attribute__((always_inline)) void multiply_tile(bool add, Int depth, co
   for (; depth >= kSteps; depth -= kSteps, next += kSteps * a_step) {
     for (int r = 0; r < R; ++r) __builtin_prefetch(next + r * (a_step == 1 ? a_row : kSteps));
 #pragma GCC unroll 8
-    for (Int i = 0; i < kSteps; ++i) add_products();  // of any other number of steps GCC keeps the sums in memory
+    for (Int i = 0; i < kSteps; ++i) add_products();  // steps of a constant number, or GCC may keep sums in memory
   }
   for (; depth > 0; --depth) add_products();
   for (int r = 0; r < R; ++r)

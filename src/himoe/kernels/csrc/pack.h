@@ -62,8 +62,7 @@ inline __attribute__((always_inline)) void transpose(Eight (&v)[8]) {
   }
 }
 
-// Rows lie apart in memory, where hardware does not fetch ahead from one to the next. So many of 256 numbers take about
-// as long to copy as one takes to come.
+// Rows lie apart in memory, where hardware does not fetch ahead from one to the next.
 constexpr Int kRowsAhead = 8;
 constexpr Int kLine = 64;  // bytes of a cache line
 
