@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -126,17 +127,32 @@ sys.exit(main(["sweep", "spec.toml", "--out", "out", "--set", "train.steps=10000
 """
 
 
+@contextmanager
+def handling_sigint(handler):
+    """What this process does at SIGINT: those that it starts inherit whether it is ignored."""
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="Ctrl-C is sent to a process group")
-def test_ctrl_c_stops_workers_and_driver_with_130(spec, tmp_path):
+@pytest.mark.parametrize("inherited", [signal.default_int_handler, signal.SIG_IGN], ids=["terminal", "background job"])
+def test_ctrl_c_stops_workers_and_driver_with_130(spec, tmp_path, inherited):
     paths = [HELPERS, *filter(None, sys.path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    driver = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT], env=environment, stderr=subprocess.PIPE, start_new_session=True, text=True
-    )
-    while len(list(tmp_path.glob("out/runs/*/metrics.jsonl"))) < 2:
-        time.sleep(0.02)
-    os.killpg(driver.pid, signal.SIGINT)
-    _, error = driver.communicate(timeout=30)
+    with handling_sigint(inherited):
+        driver = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT], env=environment, stderr=subprocess.PIPE, start_new_session=True, text=True
+        )
+    try:
+        while len(list(tmp_path.glob("out/runs/*/metrics.jsonl"))) < 2:
+            time.sleep(0.02)
+        os.killpg(driver.pid, signal.SIGINT)
+        _, error = driver.communicate(timeout=30)
+    finally:
+        driver.kill()  # one that does not stop; its workers end with it
     assert driver.returncode == 130 and "stopping: what runs is saved" in error and "Traceback" not in error
     sizes = [path.stat().st_size for path in tmp_path.glob("out/runs/*/metrics.jsonl")]
     time.sleep(0.1)

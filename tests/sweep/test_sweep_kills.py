@@ -1,4 +1,4 @@
-"""Nothing is lost: drivers and workers that are killed, runs that fail, two sweeps in one folder."""
+"""Nothing is lost: drivers and workers that are killed, interrupts, runs that fail, two sweeps in one folder."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow.parquet
@@ -17,6 +18,7 @@ from himoe import run_folder
 from himoe.errors import ConfigError, HimoeError
 from himoe.sweep import Table, build_table, expand, run_sweep
 from himoe.sweep.endurance import child_processes
+from himoe.sweep.execution import Outcome
 from himoe.sweep.status import status_of
 
 DRIVER = """
@@ -78,6 +80,51 @@ def test_drivers_and_workers_are_killed_and_every_run_is_there_once(tmp_path):
     assert curve.column("step").to_pylist() == list(range(1, 9))  # no step twice, none missing
     build_table(out)
     assert tables(out) == kept
+
+
+class Interrupted:
+    """A pool whose first wait meets Ctrl-C in code that lets no exception through, as a finalizer does."""
+
+    def __init__(self, *, twice):
+        self.twice, self.waits, self.tasks, self.did = twice, 0, [], []
+
+    def room(self):
+        return 1 - len(self.tasks)
+
+    def submit(self, task):
+        self.tasks.append(task)
+
+    def next(self, timeout):
+        self.waits += 1
+        assert self.waits == 1, "the sweep goes on"
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        return Outcome(self.tasks.pop().id, "running")
+
+    def end(self):
+        self.did.append("end")
+        if self.twice:
+            signal.raise_signal(signal.SIGINT)
+
+    def kill(self):
+        self.did.append("kill")
+
+
+@pytest.mark.parametrize(("twice", "did"), [(False, ["end"]), (True, ["end", "kill"])])
+def test_an_interrupt_that_other_code_swallows_stops_the_sweep_and_a_second_one_at_once(
+    tmp_path, console, monkeypatch, twice, did
+):
+    pool = Interrupted(twice=twice)
+    monkeypatch.setattr("himoe.sweep.driver.open_pool", lambda *given: pool)
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits "ignore"
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep(FEW, tmp_path, runner=FILL, console=console)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, inherited)
+    assert pool.did == did and "stopping: what runs is saved" in console.file.getvalue()
+    assert (tmp_path / "runs.parquet").exists()
 
 
 def test_failures_are_tried_again_reported_with_their_last_line_and_kept_in_the_table(tmp_path, console):

@@ -3,6 +3,7 @@
 It remembers nothing that the run folders do not say: whatever ends it, the next start reads them and goes on.
 """
 
+import signal
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from himoe.sweep.progress import SweepProgress
 from himoe.sweep.spec import Spec
 from himoe.sweep.status import ENDED, FAILED, RUNNING, status_of
 from himoe.sweep.table import Table
+from himoe.train.interrupt import StopRequest
 
 RUNS = "runs"
 WAIT_SECONDS = 2.0
@@ -159,22 +161,26 @@ class _Driver:
         self.outcomes: list[Outcome] = []
 
     def drive(self, pool: Pool, progress: SweepProgress) -> None:
+        """Run all tasks. Raises KeyboardInterrupt after Ctrl-C: once what runs is saved, at once after a second one."""
         try:
-            while self._waiting or self._elsewhere or self._running:
-                self._hand_out(pool)
-                progress.show(running=len(self._running), elsewhere=len(self._elsewhere))
-                if outcome := pool.next(timeout=0.5):
-                    self._take(outcome, progress)
-                self._keep_table()
-            progress.show(running=0, elsewhere=0)
+            # SIGINT alone: SIGTERM ends the driver at once; then workers end by themselves, and jobs of Slurm go on
+            with StopRequest([signal.SIGINT]) as stop:
+                while not stop.requested and (self._waiting or self._elsewhere or self._running):
+                    self._hand_out(pool)
+                    progress.show(running=len(self._running), elsewhere=len(self._elsewhere))
+                    if outcome := pool.next(timeout=0.5):
+                        self._take(outcome, progress)
+                    self._keep_table()
+            if stop.requested:
+                progress.say("stopping: what runs is saved at its next step (Ctrl-C again: end at once)")
+            else:
+                progress.show(running=0, elsewhere=0)
             pool.end()
-        except KeyboardInterrupt:
-            progress.say("stopping: what runs is saved at its next step (Ctrl-C again: end at once)")
-            _end(pool)
-            raise
-        except BaseException:
+        except BaseException:  # a second Ctrl-C too
             pool.kill()
             raise
+        if stop.requested:
+            raise KeyboardInterrupt
 
     def _hand_out(self, pool: Pool) -> None:
         now = time.monotonic()
@@ -223,11 +229,3 @@ class _Driver:
         self._table.read().write()
         now = time.monotonic()
         self._written = now + max(5.0, (now - started) / TABLE_SHARE)
-
-
-def _end(pool: Pool) -> None:
-    try:
-        pool.end()
-    except KeyboardInterrupt:
-        pool.kill()
-        raise

@@ -1,7 +1,12 @@
-"""Ctrl-C and SIGTERM as a request: the running step is finished and saved; a second one stops at once."""
+"""Ctrl-C and SIGTERM as a request: what runs is finished and saved; a second one stops at once.
+
+Unlike KeyboardInterrupt a request cannot be lost: neither in code that lets no exception through, such as a finalizer,
+nor in the background job of a script, which inherits that SIGINT is ignored.
+"""
 
 import signal
 import threading
+from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -9,18 +14,22 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """While entered, the first signal only sets `requested` and gives both signals their old meaning back.
+    """While entered, the first signal only sets `requested` and gives all signals their old meaning back.
 
     Outside the main thread signals cannot be caught; then nothing is changed and `requested` stays False.
+
+    Args:
+        signals: that are requests.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, signals: Sequence[signal.Signals] = SIGNALS) -> None:
         self.requested = False
+        self._signals = signals
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._request) for number in SIGNALS}
+            self._previous = {number: signal.signal(number, self._request) for number in self._signals}
         return self
 
     def __exit__(
