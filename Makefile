@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test check fmt clean gpu-check gpu-packages
+.PHONY: setup demo test check fmt clean gpu-check gpu-tests gpu-packages
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -33,12 +33,15 @@ fmt: $(READY)
 # A machine with a GPU may have a Python of its own and no network. What its Python lacks comes along in .gpu-packages.
 GPU_PYTHON  ?= python3
 GPU_VERSION ?= 3.12
+GPU_WORKERS ?= 8
 GPU_RUN      = PYTHONPATH=src:.gpu-packages $(GPU_PYTHON)
 
-gpu-check:       ## on a machine with a CUDA GPU, no network needed: the tests marked gpu, then the benchmark
-	$(GPU_RUN) tests/gpu_machine.py
-	$(GPU_RUN) -m pytest -m gpu -p no:cacheprovider tests/kernels tests/nn
+gpu-check: gpu-tests  ## on a machine with a CUDA GPU, no network needed: the tests marked gpu, then the benchmark
 	$(GPU_RUN) -m himoe bench layer --device cuda
+
+gpu-tests:
+	$(GPU_RUN) tests/gpu_machine.py
+	$(GPU_RUN) -m pytest -m gpu -n $(GPU_WORKERS) -p no:cacheprovider tests/kernels tests/nn
 
 gpu-packages:    ## where there is a network: fetch what the command line needs, for the Python of the GPU machine
 	python3 -m pip install --quiet --disable-pip-version-check -c constraints.txt --target .gpu-packages --upgrade \

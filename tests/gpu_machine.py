@@ -7,7 +7,7 @@ three packages may come along: `make gpu-packages` fetches them into .gpu-packag
 import importlib
 import sys
 
-OF_THE_MACHINE = ("torch", "triton", "numpy", "jaxtyping", "pytest", "hypothesis")
+OF_THE_MACHINE = ("torch", "triton", "numpy", "jaxtyping", "pytest", "xdist", "hypothesis")
 TAKEN_ALONG = ("tyro", "pydantic", "rich")
 PEERS = ("transformers", "liger_kernel", "scattermoe", "sonicmoe", "st_moe_pytorch")
 

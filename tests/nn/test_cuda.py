@@ -106,5 +106,6 @@ def test_the_fused_router_at_its_usual_sizes(score):
     logits = torch.randn(8192, 128, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     found, ids, counts = fused_route(logits, None, None, Plan(score, 8, 4))
     torch.testing.assert_close(found, getattr(scores, score)(logits))
-    best = found.view(-1, 4, 32).topk(2).indices + 32 * torch.arange(4, device="cuda")[:, None]
+    ranking = found.view(-1, 4, 32).sort(descending=True, stable=True).indices  # ties to the lower id, unlike topk
+    best = ranking[..., :2] + 32 * torch.arange(4, device="cuda")[:, None]
     assert torch.equal(ids, best.flatten(1)) and torch.equal(counts, ids.flatten().bincount(minlength=128))

@@ -74,14 +74,16 @@ def make_problem(shape: Shape, dtype: str, routing: str | Choice, *, device: str
         shape: its sizes.
         dtype: a name of `DTYPES`, of x, both projections and the output. Combine weights are fp32.
         routing: how to draw, or the choice itself.
-        device: where it lives; it is drawn on the CPU.
+        device: where it lives. Who goes where is the same on every device; the other numbers are not.
         seed: decides all numbers.
     """
     generator = torch.Generator().manual_seed(seed)
     choice = routing if isinstance(routing, Choice) else draw_choice(shape, routing, generator)
+    if device != "cpu":  # whose numbers would take longer than what is measured
+        generator = torch.Generator(device).manual_seed(seed)
 
     def draw(*sizes: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*sizes, generator=generator) * scale).to(device, DTYPES[dtype])
+        return (torch.randn(*sizes, generator=generator, device=device) * scale).to(DTYPES[dtype])
 
     tokens, dim, hidden, experts = shape.tokens, shape.dim, shape.hidden_dim, shape.num_experts
     return Problem(

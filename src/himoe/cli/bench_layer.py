@@ -18,7 +18,7 @@ from himoe.errors import ConfigError
 
 WRONG = 1
 """Exit status when somebody computed something wrong."""
-QUICK_CASE_SECONDS, CASE_SECONDS = 4.0, 20.0
+QUICK_CASE_SECONDS, CASE_SECONDS, GPU_CASE_SECONDS = 4.0, 20.0, 5.0
 QUICK_TOTAL_SECONDS = 100.0
 """With --quick, no row is begun later."""
 
@@ -60,7 +60,7 @@ class BenchLayer(MeasuringVerb):
     run_folder: Annotated[Path | None, option("RUN", "run")] = None
     """A trained run, whose layer and real routing are measured too."""
     seconds: Annotated[float | None, option("S")] = None
-    """Seconds of timing for each row. Without it: 20, with --quick 4."""
+    """Seconds of timing for each row. Without it: 20, on a GPU 5, with --quick 4."""
     quick: Annotated[bool, option()] = False
     """Few shapes, about two minutes; peers that take longer than 4 seconds for a step are left out."""
     parts: Annotated[bool, option()] = False
@@ -128,10 +128,11 @@ class BenchLayer(MeasuringVerb):
         status = backend_status()
         known_words("--peer", self.peer, PEERS)
         known_words("--backend", (self.backend,), ("auto", *status))
+        usual = GPU_CASE_SECONDS if device == "cuda" else CASE_SECONDS
         settings = Settings(
             backends=[name for name, reason in status.items() if reason is None],
             peers=list(self.peer or PEERS),
-            seconds=self.seconds or (QUICK_CASE_SECONDS if self.quick else CASE_SECONDS),
+            seconds=self.seconds or (QUICK_CASE_SECONDS if self.quick else usual),
             device=device,
             backend=self.backend,
             quick=self.quick,

@@ -117,7 +117,8 @@ def hidden_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradient of hidden (T·K, H), act(hidden)·weight (T·K, F) and shares of d_weight (T·K, blocks of F).
 
-    Those not in `needs` have no rows. Rows of unkept pairs are uninitialised.
+    `grad` (T·K, D) is that of the output, a row a pair. Those not in `needs` have no rows. Rows of unkept pairs are
+    uninitialised.
     """
     _, dim, units = down.shape
     columns, tiles = triton.cdiv(units, blocks.N), pairs.tiles(blocks.M)
@@ -131,7 +132,6 @@ def hidden_gradient(
         *(grad, down, weights, hidden, pairs.rows.pair_of_row, pairs.rows.offsets, tiles, d_hidden, unit, d_weight),
         *(tiles.shape[0], dim, units, *down.stride()),
         **dict(zip(("NEED_HIDDEN", "NEED_UNIT", "NEED_WEIGHTS"), needs, strict=True)),
-        K=pairs.top_k,
         ACTIVATION=activation,
         PRECISION=precision(),
         CHECK_D=dim % blocks.STEP != 0,
@@ -141,17 +141,14 @@ def hidden_gradient(
     return d_hidden, unit, d_weight
 
 
-def weight_gradient(a: Tensor, b: Tensor, like: Tensor, pairs: Pairs, blocks: Blocks, gathered: str) -> Tensor:
-    """Return Σ aᵀb over every expert's rows, shaped and laid out as `like`; `gathered`, a or b, has one row a token."""
+def weight_gradient(a: Tensor, b: Tensor, like: Tensor, pairs: Pairs, blocks: Blocks) -> Tensor:
+    """Return Σ aᵀb over every expert's rows, shaped and laid out as `like`."""
     _, height, width = like.shape
     out = torch.empty_like(like)
     launch(
         products.weight_gradient,
         (pairs.num_experts * triton.cdiv(height, blocks.M) * triton.cdiv(width, blocks.N),),
-        *(a, b, pairs.rows.pair_of_row, pairs.rows.offsets, out, height, width, *out.stride()),
-        K=pairs.top_k,
-        GATHER_A=gathered == "a",
-        GATHER_B=gathered == "b",
+        *(a, b, pairs.rows.offsets, out, height, width, *out.stride()),
         PRECISION=precision(),
         CHECK_M=height % blocks.M != 0,
         CHECK_N=width % blocks.N != 0,
@@ -188,16 +185,20 @@ def backward(
     need_x, need_weights, need_up, need_down = needs
     pairs = _pairs(x, weights, rows, down)
     writes = (need_x or need_up, need_down, need_weights)
+    # The forward product gathers while it multiplies. Here that would be slower: sums over rows wait for their numbers.
+    token = rows.pair_of_row // pairs.top_k
+    grad_rows = grad[token]
     blocks = pairs.blocks("hidden_gradient")
-    d_hidden, unit, shares = hidden_gradient(grad, weights, hidden, down, pairs, activation, blocks, writes)
+    d_hidden, unit, shares = hidden_gradient(grad_rows, weights, hidden, down, pairs, activation, blocks, writes)
     d_x = d_weights = d_up = d_down = None
     if need_weights:
         kept = torch.arange(pairs.num_pairs, device=x.device) < rows.offsets[-1]
         d_weights = shares.sum(1).where(kept, 0)[rows.row_of_pair].view_as(weights).to(weights.dtype)
     if need_down:
-        d_down = weight_gradient(grad, unit, down, pairs, pairs.blocks("weight_gradient"), "a")
+        d_down = weight_gradient(grad_rows, unit, down, pairs, pairs.blocks("weight_gradient"))
+    del grad_rows, unit
     if need_up:
-        d_up = weight_gradient(d_hidden, x, up, pairs, pairs.blocks("weight_gradient"), "b")
+        d_up = weight_gradient(d_hidden, x[token], up, pairs, pairs.blocks("weight_gradient"))
     if need_x:
         d_x = pairs.combine(row_product(d_hidden, up, pairs, pairs.blocks("rows")))
     return d_x, d_weights, d_up, d_down

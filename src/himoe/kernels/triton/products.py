@@ -87,12 +87,16 @@ def row_product(
 @triton.jit
 def hidden_gradient(
     grad, down, weights, hidden, pair_of_row, offsets, tiles, d_hidden, unit, d_weight_parts,
-    num_tiles, D, F, stride_e, stride_d, stride_f, K: tl.constexpr,
+    num_tiles, D, F, stride_e, stride_d, stride_f,
     NEED_HIDDEN: tl.constexpr, NEED_UNIT: tl.constexpr, NEED_WEIGHTS: tl.constexpr,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, CHECK_D: tl.constexpr, CHECK_F: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of hidden, the weighted activation again, and d_weight's share of the columns."""
+    """Write the gradient of hidden, the weighted activation again, and d_weight's share of the columns.
+
+    `grad` has one row a pair. The end works on one half of the columns after the other: what it has at hand for all of
+    them does not fit into registers.
+    """
     tile, block = tile_and_column(tl.program_id(0), num_tiles, tl.cdiv(F, N), GROUP)
     expert = tl.load(tiles + 2 * tile).to(tl.int64)
     if expert < 0:
@@ -101,10 +105,10 @@ def hidden_gradient(
     row = first + m
     end = tl.load(offsets + expert)
     exists = row < end
-    pair = tl.load(pair_of_row + tl.minimum(row, end - 1))
+    last = tl.minimum(row, end - 1)
     column, d = block * N + tl.arange(0, N), tl.arange(0, STEP)
     fits = column < F
-    of_grad = grad + (pair // K * D)[:, None] + d[None, :]
+    of_grad = grad + last.to(tl.int64)[:, None] * D + d[None, :]
     of_down = down + expert * stride_e + d.to(tl.int64)[:, None] * stride_d + column.to(tl.int64)[None, :] * stride_f
     d_unit = tl.zeros((M, N), tl.float32)
     for done in range(0, D if NEED_HIDDEN or NEED_WEIGHTS else 0, STEP):
@@ -113,58 +117,60 @@ def hidden_gradient(
         d_unit = dot(left, load(of_down, rest, fits, CHECK_D, CHECK_F), d_unit, PRECISION)
         of_grad += STEP
         of_down += STEP * stride_d
-    weight = tl.load(weights + pair).to(tl.float32)
-    here = exists[:, None] & fits[None, :]
+    weight = tl.load(weights + tl.load(pair_of_row + last)).to(tl.float32)
     H = 2 * F if ACTIVATION == "swiglu" else F
     start = first.to(tl.int64) * H
-    place = m[:, None] * H + column[None, :]  # within the tile, 32 bits wide
-    gate = tl.load(hidden + start + place, mask=here, other=0.0).to(tl.float32)
-    value = gate
-    if ACTIVATION == "swiglu":
-        value = tl.load(hidden + start + F + place, mask=here, other=0.0).to(tl.float32)
-    if NEED_WEIGHTS or NEED_UNIT:
-        again = activate(gate, value, ACTIVATION)
-        if NEED_WEIGHTS:
-            parts = tl.sum(tl.where(here, d_unit * again, 0.0), 1)
-            tl.store(d_weight_parts + row.to(tl.int64) * tl.cdiv(F, N) + block, parts, mask=exists)
-        if NEED_UNIT:
-            of_unit = unit + first.to(tl.int64) * F + (m[:, None] * F + column[None, :])
-            tl.store(of_unit, (again * weight[:, None]).to(unit.dtype.element_ty), mask=here)
-    if NEED_HIDDEN:
-        d_gate, d_value = activate_backward(gate, value, d_unit * weight[:, None], ACTIVATION)
-        tl.store(d_hidden + start + place, d_gate.to(d_hidden.dtype.element_ty), mask=here)
+    share = tl.zeros((M,), tl.float32)
+    halves = tl.split(tl.permute(tl.reshape(d_unit, (M, 2, N // 2)), (0, 2, 1)))
+    for half in tl.static_range(2):
+        column = block * N + half * (N // 2) + tl.arange(0, N // 2)
+        here = exists[:, None] & (column < F)[None, :]
+        place = m[:, None] * H + column[None, :]  # within the tile, 32 bits wide
+        gate = tl.load(hidden + start + place, mask=here, other=0.0).to(tl.float32)
+        value = gate
         if ACTIVATION == "swiglu":
-            tl.store(d_hidden + start + F + place, d_value.to(d_hidden.dtype.element_ty), mask=here)
+            value = tl.load(hidden + start + F + place, mask=here, other=0.0).to(tl.float32)
+        if NEED_WEIGHTS or NEED_UNIT:
+            again = activate(gate, value, ACTIVATION)
+            if NEED_WEIGHTS:
+                share += tl.sum(tl.where(here, halves[half] * again, 0.0), 1)
+            if NEED_UNIT:
+                of_unit = unit + first.to(tl.int64) * F + (m[:, None] * F + column[None, :])
+                tl.store(of_unit, (again * weight[:, None]).to(unit.dtype.element_ty), mask=here)
+        if NEED_HIDDEN:
+            d_gate, d_value = activate_backward(gate, value, halves[half] * weight[:, None], ACTIVATION)
+            tl.store(d_hidden + start + place, d_gate.to(d_hidden.dtype.element_ty), mask=here)
+            if ACTIVATION == "swiglu":
+                tl.store(d_hidden + start + F + place, d_value.to(d_hidden.dtype.element_ty), mask=here)
+    if NEED_WEIGHTS:
+        tl.store(d_weight_parts + row.to(tl.int64) * tl.cdiv(F, N) + block, share, mask=exists)
 
 
 @triton.jit
 def weight_gradient(
-    a, b, pair_of_row, offsets, out, height, width, stride_e, stride_m, stride_n, K: tl.constexpr,
-    GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, PRECISION: tl.constexpr, CHECK_M: tl.constexpr,
-    CHECK_N: tl.constexpr, M: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
+    a, b, offsets, out, height, width, stride_e, stride_m, stride_n,
+    PRECISION: tl.constexpr, CHECK_M: tl.constexpr, CHECK_N: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Write out[expert] = Σ a[row]ᵀ·b[row] over the expert's rows, 0 for none; gathered sides are indexed by token."""
+    """Write out[expert] = Σ a[row]ᵀ·b[row] over the expert's rows, 0 for none."""
     blocks = tl.cdiv(height, M) * tl.cdiv(width, N)
     expert = (tl.program_id(0) // blocks).to(tl.int64)
     block_m, block_n = tile_and_column(tl.program_id(0) % blocks, tl.cdiv(height, M), tl.cdiv(width, N), GROUP)
-    m = block_m * M + tl.arange(0, M)
-    n = block_n * N + tl.arange(0, N)
+    m, n, r = block_m * M + tl.arange(0, M), block_n * N + tl.arange(0, N), tl.arange(0, STEP)
     m_fits, n_fits = m < height, n < width
     start = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
     end = tl.load(offsets + expert)
-    r = tl.arange(0, STEP)
+    # From step to step only a scalar moves: addresses of whole tiles in 64 bits cost as much as the products.
+    of_a = a + start.to(tl.int64) * height
+    of_b = b + start.to(tl.int64) * width
+    place_a, place_b = r[:, None] * height + m[None, :], r[:, None] * width + n[None, :]
     total = tl.zeros((M, N), tl.float32)
     for begin in range(start, end, STEP):
-        row = begin + r
-        exists = row < end
-        wide_row = row.to(tl.int64)
-        token = wide_row
-        if GATHER_A or GATHER_B:
-            token = tl.load(pair_of_row + row, mask=exists, other=0) // K
-        row_a = token if GATHER_A else wide_row
-        row_b = token if GATHER_B else wide_row
-        left = load(a + row_a[:, None] * height + m[None, :], exists, m_fits, True, CHECK_M)
-        right = load(b + row_b[:, None] * width + n[None, :], exists, n_fits, True, CHECK_N)
+        exists = r < end - begin
+        left = load(of_a + place_a, exists, m_fits, True, CHECK_M)
+        right = load(of_b + place_b, exists, n_fits, True, CHECK_N)
         total = dot(tl.trans(left), right, total, PRECISION)
+        of_a += STEP * height
+        of_b += STEP * width
     of_out = out + expert * stride_e + m.to(tl.int64)[:, None] * stride_m + n.to(tl.int64)[None, :] * stride_n
     tl.store(of_out, total.to(out.dtype.element_ty), mask=m_fits[:, None] & n_fits[None, :])

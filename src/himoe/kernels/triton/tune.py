@@ -47,12 +47,13 @@ def products(sizes: tuple[int, int, int, int, int], dtype: torch.dtype, device: 
     up, down = normal(num_experts, 2 * units, dim) / dim**0.5, normal(num_experts, dim, units) / units**0.5
     shape = blocks.shape_class(dim, units, tokens * top_k, num_experts, dtype, device)
     pairs = mlp.Pairs(rows, top_k, shape)
-    hidden, unit = normal(tokens * top_k, 2 * units), normal(tokens * top_k, units)
+    rows_of = partial(normal, tokens * top_k)
+    hidden, unit, out = rows_of(2 * units), rows_of(units), rows_of(dim)
     runs = {
         "up": lambda chosen: mlp.up_product(x, weights, up, pairs, "swiglu", chosen),
         "rows": lambda chosen: mlp.row_product(unit, down.transpose(1, 2), pairs, chosen),
-        "hidden_gradient": lambda chosen: mlp.hidden_gradient(x, weights, hidden, down, pairs, "swiglu", chosen),
-        "weight_gradient": lambda chosen: mlp.weight_gradient(hidden, x, up, pairs, chosen, "b"),
+        "hidden_gradient": lambda chosen: mlp.hidden_gradient(out, weights, hidden, down, pairs, "swiglu", chosen),
+        "weight_gradient": lambda chosen: mlp.weight_gradient(hidden, out, up, pairs, chosen),
     }
     return {"runs": runs, "shape": shape}
 
