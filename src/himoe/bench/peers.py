@@ -7,8 +7,7 @@
 | `st_moe` | the MoE layer of st-moe-pytorch with SwiGLU experts. Its gate runs and is then told the choice; capacity is the largest load and no pair is dropped at random, so it computes the same function |
 | `liger`, `scattermoe`, `sonicmoe` | Triton and CuTe kernels, on a GPU |
 
-The last three were written from their sources and could not be run where this was written: the gate before the clock
-tells whether they are used rightly.
+`sonicmoe` was written from its sources and never run; the gate before the clock tells whether it is used rightly.
 """  # noqa: E501
 
 import importlib.util

@@ -41,8 +41,8 @@ def expert_mlp(
         up_proj: (E, H, D), H = 2F for swiglu (gate first, then value), F for the others.
         down_proj: (E, D, F).
         activation: `swiglu`, `gelu`, `relu` or `relu2`.
-        backend: `loop`, `grouped`, `native`, `triton`, or `auto`: native on a CPU, on a GPU triton in 16 bits if it is
-            installed and grouped else; loop where these cannot run.
+        backend: `loop`, `grouped`, `native`, `triton`, or `auto`: native on a CPU, on a GPU triton if it is installed
+            and else grouped; loop where these cannot run.
 
     Raises:
         ConfigError: an unknown backend, projections that do not fit x or the activation, or pairs that do not fit x.
@@ -74,9 +74,7 @@ def choose_backend(backend: str, x: Tensor, up_proj: Tensor, down_proj: Tensor) 
 def _fastest(x: Tensor) -> str:
     if x.device.type == "cpu":
         return "native"
-    # fp32 products of triton are exact and so without tensor cores
-    use_triton = x.device.type == "cuda" and x.element_size() == 2 and triton.unavailable() is None
-    return "triton" if use_triton else "grouped"
+    return "triton" if x.device.type == "cuda" and triton.installed() else "grouped"
 
 
 def backend_status() -> dict[str, str | None]:

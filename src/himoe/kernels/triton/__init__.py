@@ -34,6 +34,12 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+@torch.compiler.assume_constant_result  # the question cannot be traced
+def installed() -> bool:
+    """Return whether there is a package triton; it is not imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def runs_on(device: torch.device) -> bool:
     """Return whether kernels can run on this device; raises `ConfigError` on a GPU without triton installed.
 
@@ -41,7 +47,7 @@ def runs_on(device: torch.device) -> bool:
     """
     if device.type not in ("cuda", "meta") and not (device.type == "cpu" and interpreted()):
         return False
-    if importlib.util.find_spec("triton") is not None:
+    if installed():
         return True
     if device.type == "cuda":
         raise ConfigError("backend = 'triton' needs the package triton: pip install 'himoe[triton]'")
@@ -50,7 +56,7 @@ def runs_on(device: torch.device) -> bool:
 
 def unavailable() -> str | None:
     """Return why the kernels cannot run on this machine, None where they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not installed():
         return "needs the package triton: pip install 'himoe[triton]'"
     return None if torch.cuda.is_available() or interpreted() else "needs a CUDA GPU"
 
