@@ -27,9 +27,16 @@ def settings(**changes):
 def test_every_peer_is_right(name, routing, dtype):
     if dtype not in PEERS[name].dtypes:
         pytest.skip("not its dtype")
-    row = measure(SHAPE, dtype, routing, settings(peers=[name]))
+    [row] = measure(SHAPE, dtype, {routing: None}, settings(peers=[name]))
     assert row["failed"] == {} and row["not_run"] == {}
     assert set(row["times"]) == {"loop", name} and 0 < row["times"][name]["error"] <= right.TOLERANCE[dtype]
+
+
+def test_all_routings_of_a_shape_are_timed_in_turns():
+    rows = measure(SHAPE, "fp32", {"uniform": None, "one_hot": None}, settings(peers=["hf_grouped"]))
+    assert [row["routing"] for row in rows] == ["uniform", "one_hot"]
+    assert all(row["failed"] == {} and set(row["times"]) == {"loop", "hf_grouped"} for row in rows)
+    assert rows[0]["largest_load"] < rows[1]["largest_load"] == SHAPE.num_experts / SHAPE.top_k
 
 
 def test_transformers_is_here():
@@ -38,7 +45,7 @@ def test_transformers_is_here():
 
 @pytest.mark.parametrize("backend", [name for name, reason in backend_status().items() if reason is None])
 def test_every_backend_of_ours_is_right_or_says_that_it_does_not_take_the_shape(backend):
-    row = measure(SHAPE, "fp32", "zipf", settings(backends=[backend]))
+    [row] = measure(SHAPE, "fp32", {"zipf": None}, settings(backends=[backend]))
     assert row["failed"] == {}
     assert backend in row["times"] or "would run" in row["not_run"][backend]
 
@@ -53,7 +60,7 @@ def test_a_backend_that_another_one_replaces_is_not_taken_for_it():
     problem = make_problem(odd, "fp32", "uniform")
     with pytest.raises(CannotRunError, match="loop would run"):
         ours(problem, "grouped")
-    row = measure(odd, "fp32", "uniform", settings(backends=["loop", "grouped"]))
+    [row] = measure(odd, "fp32", {"uniform": None}, settings(backends=["loop", "grouped"]))
     assert set(row["backends"]) == {"loop"} and "loop would run" in row["not_run"]["grouped"]
 
 
@@ -84,7 +91,7 @@ def forgets_a_token(problem, y):
 @pytest.mark.parametrize("change", [wrong_output, wrong_gradient, forgets_a_token])
 def test_a_wrong_peer_is_reported_and_not_timed(change):
     known = {**PEERS, "wrong": broken(change)}
-    row = measure(SHAPE, "fp32", "uniform", settings(peers=["wrong", "dense"], known=known))
+    [row] = measure(SHAPE, "fp32", {"uniform": None}, settings(peers=["wrong", "dense"], known=known))
     assert "relative error of" in row["failed"]["wrong"]
     assert "wrong" not in row["times"] and "wrong" not in row["ratio_vs"] and "dense" in row["ratio_vs"]
 
@@ -93,14 +100,14 @@ def test_a_peer_that_breaks_down_is_named_with_its_error():
     def build(problem):
         raise RuntimeError("no such kernel\nand more")
 
-    row = measure(SHAPE, "fp32", "uniform", settings(peers=["gone"], known={"gone": Peer(build)}))
+    [row] = measure(SHAPE, "fp32", {"uniform": None}, settings(peers=["gone"], known={"gone": Peer(build)}))
     assert row["not_run"]["gone"] == "RuntimeError: no such kernel" and row["failed"] == {}
 
 
 def test_what_a_peer_needs_is_said():
     assert PEERS["liger"].missing("cpu") == "needs a GPU"
     assert Peer(broken, "no_such_package", "pip install it").missing("cpu") == "not installed: pip install it"
-    row = measure(SHAPE, "bf16", "uniform", settings(peers=["st_moe"]))
+    [row] = measure(SHAPE, "bf16", {"uniform": None}, settings(peers=["st_moe"]))
     assert row["not_run"] == {"st_moe": "takes fp32 only"}
 
 
@@ -112,7 +119,9 @@ def test_st_moe_is_not_tried_where_its_dispatch_tensors_would_fill_the_memory():
 
 
 def test_a_row_has_the_form_that_programs_read():
-    row = measure(SHAPE, "fp32", "uniform", settings(backends=["loop", "grouped"], peers=["dense", "hf_grouped"]))
+    [row] = measure(
+        SHAPE, "fp32", {"uniform": None}, settings(backends=["loop", "grouped"], peers=["dense", "hf_grouped"])
+    )
     assert row["shape"] == {"name": "small", "T": 48, "D": 16, "F": 24, "E": 6, "K": 2}
     assert (row["dtype"], row["routing"], row["backend"]) == ("fp32", "uniform", "loop")
     times = row["times"]
@@ -124,7 +133,5 @@ def test_a_row_has_the_form_that_programs_read():
     assert row["fraction_of_dense"] == row["ratio_vs"]["dense"]
     gflops = 18 * 48 * 2 * 16 * 24 / times["loop"]["minimum_ms"] / 1e6
     assert times["loop"]["gflops"] == pytest.approx(gflops)
-    assert (
-        measure(SHAPE, "fp32", "uniform", settings(backends=["loop", "grouped"], backend="grouped"))["backend"]
-        == "grouped"
-    )
+    [row] = measure(SHAPE, "fp32", {"uniform": None}, settings(backends=["loop", "grouped"], backend="grouped"))
+    assert row["backend"] == "grouped"

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from himoe.bench.problem import answer, draw_choice, make_problem
+from himoe.bench.problem import answer, draw_choice, make_problem, reroute
 from himoe.bench.shapes import FULL, FULL_GPU, QUICK, SHAPES, Shape, cases, parse_shape, plan
 from himoe.errors import ConfigError
 from himoe.functional import reference
@@ -84,3 +84,11 @@ def test_plans_name_shapes_that_are_there_and_spell_out():
 
 def test_shapes_for_a_laptop_fit_one():
     assert max(SHAPES[name].weight_bytes for name, _, _ in FULL) < 2**29
+
+
+def test_another_routing_of_the_same_problem_is_the_one_that_would_be_drawn_alone():
+    uniform = make_problem(SHAPE, "fp32", "uniform", seed=3)
+    zipf, alone = reroute(uniform, "zipf", seed=3), make_problem(SHAPE, "fp32", "zipf", seed=3)
+    assert torch.equal(zipf.expert_ids, alone.expert_ids) and torch.equal(zipf.weights, alone.weights)
+    assert zipf.weights.is_leaf and zipf.weights.requires_grad and zipf.weights is not uniform.weights
+    assert zipf.x is uniform.x and zipf.up_proj is uniform.up_proj and zipf.down_proj is uniform.down_proj

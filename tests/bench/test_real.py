@@ -43,7 +43,7 @@ def test_it_is_what_the_runs_router_chooses(text, tmp_path):
     assert torch.equal(groups.sort(-1).values, torch.arange(4).expand(128, 4))
     model = load_run(out).model
     assert found.layer in model.moe_layer_indices()
-    row = measure(found.shape, "fp32", "real", Settings(["loop"], ["dense"], 0.0), choice=found.choice)
+    [row] = measure(found.shape, "fp32", {"real": found.choice}, Settings(["loop"], ["dense"], 0.0))
     loads = torch.bincount(ids.flatten(), minlength=8).double()
     assert row["routing"] == "real" and row["largest_load"] == pytest.approx((loads.max() / loads.mean()).item())
     assert row["failed"] == {}

@@ -119,10 +119,11 @@ def test_a_wrong_peer_is_an_exit_status_of_its_own(capsys, wrong_peer):
 
 def test_quick_ends_in_time_and_says_what_it_left_out(capsys, monkeypatch):
     monkeypatch.setattr("himoe.cli.bench_layer.QUICK_TOTAL_SECONDS", -1.0)
-    two = ["--routing", "uniform", "--routing", "zipf"]
+    two = ["--shape", "8,16,8,4,2", "--routing", "uniform", "--routing", "zipf"]
     status, out, _ = bench(capsys, "layer", *TINY, *two, "--peer", "dense", "--quick", "--json")
     found = json.loads(out)
-    assert status == 0 and len(found["rows"]) == 1 and found["left_out"] == ["24,16,8,4,2 fp32 zipf"]
+    assert status == 0 and {row["shape"]["T"] for row in found["rows"]} == {24}
+    assert found["left_out"] == ["8,16,8,4,2 fp32 uniform", "8,16,8,4,2 fp32 zipf"]
 
 
 def test_the_plot_is_one_file_that_needs_no_network(capsys, tmp_path):

@@ -1,7 +1,8 @@
 """The expert layer, forward and backward, against its peers: first whether it is right, then how long and how large.
 
 A row is one shape, dtype and routing. Everyone computes the same problem in the same process; whoever gives a wrong
-output or gradient is reported and not timed. Ratios are the peer's time over ours, from the fastest repeat of each.
+output or gradient is reported and not timed. All routings of a shape are timed in turns too, so that what skew costs
+is not what an hour costs. Ratios are the peer's time over ours, from the fastest repeat of each.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from himoe.bench import memory, right
 from himoe.bench.clock import Times, race
 from himoe.bench.contestant import CannotRunError, Contestant
 from himoe.bench.peers import PEERS, Peer
-from himoe.bench.problem import Choice, Problem, answer, make_problem
+from himoe.bench.problem import Choice, Problem, answer, make_problem, reroute
 from himoe.bench.ratios import ratios
 from himoe.bench.shapes import Shape
 from himoe.errors import ConfigError
@@ -34,7 +35,7 @@ class Settings:
     Attributes:
         backends: of our own.
         peers: names of `PEERS`.
-        seconds: of timing for one row, shared by all who take part.
+        seconds: of timing for one row, shared by all who take part; rows that are timed together share theirs.
         device: "cpu" or "cuda".
         backend: which of our own a row is about: "auto", what the layer chooses by itself, or a name.
         quick: leave out peers that take long.
@@ -76,42 +77,73 @@ def ours(problem: Problem, backend: str) -> Contestant:
 def measure(
     shape: Shape,
     dtype: str,
-    routing: str,
+    routings: Mapping[str, Choice | None],
     settings: Settings,
     *,
-    choice: Choice | None = None,
     say: Callable[[str], object] = lambda _: None,
-) -> dict[str, Any]:
-    """Return one row, see docs/benchmarks.md.
+) -> list[dict[str, Any]]:
+    """Return a row for every routing, see docs/benchmarks.md.
 
     Args:
         shape: sizes.
         dtype: "fp32" or "bf16".
-        routing: a name of `problem.ROUTINGS`.
+        routings: names of `problem.ROUTINGS`, with who goes where for `real`.
         settings: who and how.
-        choice: who goes where, for `real`.
         say: told what is being done.
     """
-    problem = make_problem(shape, dtype, choice or routing, device=settings.device, seed=settings.seed)
-    own = settings.backend
-    if own == "auto":
-        own = choose_backend("auto", problem.x, problem.up_proj, problem.down_proj)
-    field = _gate(problem, settings, say)
-    facts = {name: _memory(contestant, settings.device) for name, contestant in field.ready.items()}
-    for name in field.ready:
-        facts[name]["error"] = field.errors[name]
+    problems: dict[str, Problem] = {}
+    for routing, choice in routings.items():
+        given = choice or routing
+        if problems:
+            problems[routing] = reroute(next(iter(problems.values())), given, seed=settings.seed)
+        else:
+            problems[routing] = make_problem(shape, dtype, given, device=settings.device, seed=settings.seed)
+    fields = {
+        routing: _gate(problem, settings, lambda what, routing=routing: say(f"{routing} · {what}"))
+        for routing, problem in problems.items()
+    }
+    facts = {routing: _facts(field, settings.device) for routing, field in fields.items()}
     say("timing")
-    ready = field.ready
+    ready = {f"{routing} {name}": one for routing, field in fields.items() for name, one in field.ready.items()}
     times = race(
         {name: one.step for name, one in ready.items()},
-        settings.seconds,
+        settings.seconds * len(problems),
         device=settings.device,
         between=lambda _: [one.clear() for one in ready.values()],
     )
+    return [
+        _row(
+            problem,
+            routing,
+            {name: times[f"{routing} {name}"] for name in fields[routing].ready},
+            facts[routing],
+            fields[routing],
+            settings,
+        )
+        for routing, problem in problems.items()
+    ]
+
+
+def _facts(field: _Field, device: str) -> dict[str, dict[str, float]]:
+    """Return memory and error of everybody who is right."""
+    return {name: {**_memory(one, device), "error": field.errors[name]} for name, one in field.ready.items()}
+
+
+def _row(
+    problem: Problem,
+    routing: str,
+    times: Mapping[str, Times],
+    facts: Mapping[str, Any],
+    field: _Field,
+    settings: Settings,
+) -> dict[str, Any]:
+    shape, own = problem.shape, settings.backend
+    if own == "auto":
+        own = choose_backend("auto", problem.x, problem.up_proj, problem.down_proj)
     backends = {name: _compare(name, times, facts, settings) for name in settings.backends if name in times}
     return {
         "shape": shape.record(),
-        "dtype": dtype,
+        "dtype": problem.dtype,
         "routing": routing,
         "backend": own,
         **backends.get(own, {"ratio_vs": {}}),

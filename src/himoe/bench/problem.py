@@ -5,7 +5,7 @@ odds 1/r (Zipf's law with exponent 1), without replacement. `one_hot`, every tok
 heaviest skew there can be. `real`, what a trained run's router chose for real text (`himoe.bench.real`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -97,6 +97,15 @@ def make_problem(shape: Shape, dtype: str, routing: str | Choice, *, device: str
         down_proj=draw(experts, dim, hidden, scale=hidden**-0.5).requires_grad_(),
         grad=draw(tokens, dim),
     )
+
+
+def reroute(problem: Problem, routing: str | Choice, *, seed: int = 0) -> Problem:
+    """Return the problem on the same memory with another choice, the one that `make_problem` draws for this seed."""
+    generator = torch.Generator().manual_seed(seed)
+    choice = routing if isinstance(routing, Choice) else draw_choice(problem.shape, routing, generator)
+    device = problem.x.device
+    weights = choice.weights.detach().float().to(device).requires_grad_()
+    return replace(problem, expert_ids=choice.expert_ids.to(device), weights=weights)
 
 
 def answer(problem: Problem) -> dict[str, Tensor]:

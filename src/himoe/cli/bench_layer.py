@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -141,26 +142,35 @@ class BenchLayer(MeasuringVerb):
         rates = environment["matmul_gflops"]
         slow = rates["bf16"] < rates["fp32"] / 2
         wanted, rows, started = self._cases(device, console, slow), [], time.monotonic()
+        together = [
+            (*key, {routing: choice for _, _, routing, choice in some})
+            for key, some in groupby(wanted, key=lambda case: case[:2])
+        ]
+        measured = 0
         with console.status("") as line:
-            for number, (shape, dtype, routing, choice) in enumerate(wanted, 1):
+            for shape, dtype, routings in together:
                 if self.quick and rows and time.monotonic() - started > QUICK_TOTAL_SECONDS:
                     break
 
-                where = f"{number} of {len(wanted)}: {shape.name} {dtype} {routing}"
+                measured += 1
+                where = f"{measured} of {len(together)}: {shape.name} {dtype} {', '.join(routings)}"
                 if not console.is_terminal:
                     Console(stderr=True).print(where, highlight=False, markup=False)
 
                 def say(what: str, where: str = where) -> None:
                     line.update(f"{where} · {what}")
 
-                rows.append(measure(shape, dtype, routing, settings, choice=choice, say=say))
-                for one in rows[-1]["times"].values():
+                found = measure(shape, dtype, routings, settings, say=say)
+                for one in (one for row in found for one in row["times"].values()):
                     one["of_product"] = one["gflops"] / rates[dtype]
+                rows += found
         return {
             "rows": rows,
             "summary": ratios.summarize(rows),
             "skew": ratios.skew(rows),
-            "left_out": [f"{shape.name} {dtype} {routing}" for shape, dtype, routing, _ in wanted[len(rows) :]],
+            "left_out": [
+                f"{shape.name} {dtype} {routing}" for shape, dtype, some in together[measured:] for routing in some
+            ],
             "bf16_left_out": slow and self.quick and not self.dtype,
             "unavailable": {
                 **{name: reason for name, reason in status.items() if reason},
