@@ -130,7 +130,7 @@ def test_it_runs_where_it_can_and_leaves_the_rest_to_the_loop(monkeypatch):
 
 
 def test_a_gpu_without_triton_is_told_what_to_install(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(backend, "installed", lambda: False)
     with pytest.raises(backend.ConfigError, match=r"pip install 'himoe\[triton\]'"):
         backend.runs_on(torch.device("cuda"))
     assert not backend.runs_on(torch.device("cpu")) and not backend.runs_on(torch.device("meta"))

@@ -4,6 +4,12 @@ import os
 import subprocess
 import sys
 
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from himoe.kernels import choose_backend
+
 CODE = """
 import sys
 class NoTriton:
@@ -35,3 +41,23 @@ def test_on_a_cpu_the_backend_falls_back_and_loads_no_kernel():
 
 def test_without_triton_installed_too():
     assert run("sys.meta_path.insert(0, NoTriton())") == ["True", "False"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "hip", "installed", "chosen"),
+    [
+        (torch.bfloat16, (9, 0), None, True, "triton"),
+        (torch.float32, (8, 6), None, True, "triton"),
+        (torch.float64, (9, 0), None, True, "loop"),
+        (torch.bfloat16, (7, 5), None, True, "grouped"),
+        (torch.bfloat16, (9, 0), None, False, "grouped"),
+        (torch.bfloat16, (9, 4), "6.2", True, "grouped"),
+    ],
+)
+def test_auto_takes_the_kernels_on_gpus_that_they_are_made_for(monkeypatch, dtype, capability, hip, installed, chosen):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    monkeypatch.setattr("torch.version.hip", hip)
+    monkeypatch.setattr("himoe.kernels.triton.installed", lambda: installed)
+    with FakeTensorMode():
+        x, up, down = (torch.empty(size, dtype=dtype, device="cuda") for size in ((4, 16), (2, 64, 16), (2, 16, 32)))
+    assert choose_backend("auto", x, up, down) == chosen

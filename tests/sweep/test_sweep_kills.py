@@ -110,17 +110,18 @@ class Interrupted:
         self.did.append("kill")
 
 
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN], ids=["terminal", "background job"])
 @pytest.mark.parametrize(("twice", "did"), [(False, ["end"]), (True, ["end", "kill"])])
 def test_an_interrupt_that_other_code_swallows_stops_the_sweep_and_a_second_one_at_once(
-    tmp_path, console, monkeypatch, twice, did
+    tmp_path, console, monkeypatch, twice, did, before
 ):
     pool = Interrupted(twice=twice)
     monkeypatch.setattr("himoe.sweep.driver.open_pool", lambda *given: pool)
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits "ignore"
+    inherited = signal.signal(signal.SIGINT, before)
     try:
         with pytest.raises(KeyboardInterrupt):
             run_sweep(FEW, tmp_path, runner=FILL, console=console)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is before
     finally:
         signal.signal(signal.SIGINT, inherited)
     assert pool.did == did and "stopping: what runs is saved" in console.file.getvalue()

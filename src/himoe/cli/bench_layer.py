@@ -21,7 +21,7 @@ WRONG = 1
 """Exit status when somebody computed something wrong."""
 QUICK_CASE_SECONDS, CASE_SECONDS, GPU_CASE_SECONDS = 4.0, 20.0, 5.0
 QUICK_TOTAL_SECONDS = 100.0
-"""With --quick, no row is begun later."""
+"""With --quick, no shape is begun later."""
 
 
 @dataclass(kw_only=True)
@@ -129,11 +129,10 @@ class BenchLayer(MeasuringVerb):
         status = backend_status()
         known_words("--peer", self.peer, PEERS)
         known_words("--backend", (self.backend,), ("auto", *status))
-        usual = GPU_CASE_SECONDS if device == "cuda" else CASE_SECONDS
         settings = Settings(
             backends=[name for name, reason in status.items() if reason is None],
             peers=list(self.peer or PEERS),
-            seconds=self.seconds or (QUICK_CASE_SECONDS if self.quick else usual),
+            seconds=self._seconds(device),
             device=device,
             backend=self.backend,
             quick=self.quick,
@@ -161,8 +160,9 @@ class BenchLayer(MeasuringVerb):
                     line.update(f"{where} · {what}")
 
                 found = measure(shape, dtype, routings, settings, say=say)
-                for one in (one for row in found for one in row["times"].values()):
-                    one["of_product"] = one["gflops"] / rates[dtype]
+                for row in found:
+                    for one in row["times"].values():
+                        one["of_product"] = one["gflops"] / rates[dtype]
                 rows += found
         return {
             "rows": rows,
@@ -180,11 +180,15 @@ class BenchLayer(MeasuringVerb):
             "environment": environment,
         }
 
+    def _seconds(self, device: str) -> float:
+        usual = GPU_CASE_SECONDS if device == "cuda" else CASE_SECONDS
+        return self.seconds or (QUICK_CASE_SECONDS if self.quick else usual)
+
     def _parts(self, device: str, console: Console) -> list[dict[str, Any]]:
         from himoe.bench.parts import measure_parts
 
         shapes = [parse_shape(name) for name in self.shape or ("e128-f128", "4096,256,256,64,8")]
-        seconds = self.seconds or (QUICK_CASE_SECONDS if self.quick else CASE_SECONDS)
+        seconds = self._seconds(device)
         with console.status("timing the parts"):
             return [
                 measure_parts(shape, dtype, seconds=seconds, device=device, seed=self.seed)

@@ -4,13 +4,15 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from himoe.functional.tracing import constant
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which routing is computed: fp32, or fp64 for fp64 input."""
     return torch.promote_types(dtype, torch.float32)
 
 
-@torch.compiler.assume_constant_result  # torch before 2.13 cannot trace the question
+@constant  # torch before 2.13 cannot trace the question
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 

@@ -41,8 +41,8 @@ def expert_mlp(
         up_proj: (E, H, D), H = 2F for swiglu (gate first, then value), F for the others.
         down_proj: (E, D, F).
         activation: `swiglu`, `gelu`, `relu` or `relu2`.
-        backend: `loop`, `grouped`, `native`, `triton`, or `auto`: native on a CPU, on a GPU triton if it is installed
-            and else grouped; loop where these cannot run.
+        backend: `loop`, `grouped`, `native`, `triton`, or `auto`: native on a CPU; on a GPU triton, if it is installed
+            and the GPU is NVIDIA's, of capability 8.0 or more, and else grouped; loop where these cannot run.
 
     Raises:
         ConfigError: an unknown backend, projections that do not fit x or the activation, or pairs that do not fit x.
@@ -67,14 +67,14 @@ def choose_backend(backend: str, x: Tensor, up_proj: Tensor, down_proj: Tensor) 
     """Return the backend that will run: `loop` stands in where another cannot take dtype, shapes or device."""
     if backend != "auto" and backend not in BACKENDS:
         raise ConfigError(f"backend = {backend!r}: must be auto, {', '.join(BACKENDS)}")
-    wanted = _fastest(x) if backend == "auto" else backend
+    wanted = _fastest(x.device) if backend == "auto" else backend
     return wanted if wanted == "loop" or BACKENDS[wanted].supports(x, up_proj, down_proj) else "loop"
 
 
-def _fastest(x: Tensor) -> str:
-    if x.device.type == "cpu":
+def _fastest(device: torch.device) -> str:
+    if device.type == "cpu":
         return "native"
-    return "triton" if x.device.type == "cuda" and triton.installed() else "grouped"
+    return "triton" if triton.suits(device) else "grouped"
 
 
 def backend_status() -> dict[str, str | None]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from himoe.errors import KernelError
 from himoe.functional.dispatch import SortedPairs
+from himoe.functional.tracing import constant
 from himoe.kernels import caching_allocator, loop, native_build
 from himoe.kernels.activation import ACTIVATIONS
 from himoe.kernels.libtorch import symbol
@@ -108,13 +109,10 @@ def _mode(dtype: torch.dtype) -> int:
     return HALF if dtype == torch.bfloat16 and loop.multiplies_bf16() else MODES[dtype]
 
 
+@constant
 def available(dtype: torch.dtype = torch.float32) -> bool:
-    """Return whether the kernel can run in this dtype; a constant to a compiled graph."""
+    """Return whether the kernel can run in this dtype."""
     return status(dtype).available
-
-
-# What torch.compiler.assume_constant_result does, without importing the compiler, which takes seconds.
-available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unavailable() -> str | None:

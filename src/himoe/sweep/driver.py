@@ -171,11 +171,11 @@ class _Driver:
                     if outcome := pool.next(timeout=0.5):
                         self._take(outcome, progress)
                     self._keep_table()
-            if stop.requested:
-                progress.say("stopping: what runs is saved at its next step (Ctrl-C again: end at once)")
-            else:
-                progress.show(running=0, elsewhere=0)
-            pool.end()
+                if stop.requested:
+                    progress.say("stopping: what runs is saved at its next step (Ctrl-C again: end at once)")
+                else:
+                    progress.show(running=0, elsewhere=0)
+                pool.end()
         except BaseException:  # a second Ctrl-C too
             pool.kill()
             raise

@@ -16,6 +16,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopRequest:
     """While entered, the first signal only sets `requested` and gives all signals their old meaning back.
 
+    After it a second Ctrl-C interrupts, also where SIGINT was ignored before; that comes back at the end.
+
     Outside the main thread signals cannot be caught; then nothing is changed and `requested` stays False.
 
     Args:
@@ -39,7 +41,9 @@ class StopRequest:
 
     def _request(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the form of a signal handler
         self.requested = True
-        self._restore()
+        for each, handler in self._previous.items():
+            ignored = each == signal.SIGINT and handler == signal.SIG_IGN  # then a second one would do nothing
+            signal.signal(each, signal.default_int_handler if ignored else handler)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

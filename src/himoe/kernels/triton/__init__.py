@@ -6,9 +6,9 @@
 Backward has one kernel for the gradient of hidden, with the activation's backward and the row sums that are the
 gradient of the routing weights in its epilogue, and two products: rows by weights, and rows by rows for the weights'
 gradients. It gathers x and the gradient of y into rows before: on an H200 a sum over rows that gathers by itself took
-40 % longer, since every step waits for the rows' numbers.
+a third longer than both, since every step waits for the rows' numbers.
 Tiles of rows never cross experts; which expert a tile belongs to is worked out on the device, and grids have room for
-the largest possible number of tiles, so the host never waits for a count. Rows of unkept pairs are never read.
+the largest possible number of tiles, so the host never waits for a count. No product reads rows of unkept pairs.
 
 fp32, bf16 and fp16, always added up in fp32. fp32 products are exact (no tf32) unless
 `torch.set_float32_matmul_precision` allows less. Under `TRITON_INTERPRET=1`, set before triton is imported, the kernels
@@ -17,6 +17,7 @@ run on a CPU; that is how the tests check them. `python -m himoe.kernels.triton.
 No module outside this package imports triton.
 """
 
+import functools
 import importlib.util
 import os
 
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from himoe.errors import ConfigError
 from himoe.functional.dispatch import SortedPairs
+from himoe.functional.tracing import constant
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -34,10 +36,22 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-@torch.compiler.assume_constant_result  # the question cannot be traced
+@functools.cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@constant
 def installed() -> bool:
     """Return whether there is a package triton; it is not imported."""
-    return importlib.util.find_spec("triton") is not None
+    return _is_installed()
+
+
+@constant
+def suits(device: torch.device) -> bool:
+    """Return whether `auto` takes these kernels on a device: a GPU of NVIDIA of capability 8.0 or more, with triton."""
+    known = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return known and installed()
 
 
 def runs_on(device: torch.device) -> bool:

@@ -2,8 +2,8 @@
 
 A shape class is (product, D, F, rows per expert rounded up to 32, 64, 128 …, dtype, compute capability). Nothing is
 searched when a layer runs; `python -m himoe.kernels.triton.tune` searches on a GPU and writes the table.
-Without an entry there, the defaults below fit shared memory (163 KiB a block on capability 8.0, 227 KiB on 9.0) and
-registers.
+Without an entry there, the defaults below fit registers and shared memory: 227 KiB a block on capability 9.0 and 10.0,
+99 KiB on 8.6, 8.9 and 12.0, which are the least.
 """
 
 import json
@@ -75,7 +75,7 @@ def default(product: str, shape: ShapeClass) -> Blocks:
     """Return block sizes that fit: in 16-bit dtypes the fastest on an H200 at D 2048, F 768, small ones in fp32."""
     if shape.capability == INTERPRETER:
         return Blocks(16, 16, 32, 2, 4, 1)
-    hopper, full = shape.capability[0] >= 9, shape.dtype == "float32"
+    roomy, full = shape.capability[0] in (9, 10), shape.dtype == "float32"
     if full:  # exact fp32 products run without tensor cores and keep both operands in registers
         return Blocks(32, 32 if product == "up" else 64, 32, 8, 4, 2)
     if product == "weight_gradient":
@@ -86,4 +86,4 @@ def default(product: str, shape: ShapeClass) -> Blocks:
     width = shape.dim if product == "rows" else shape.hidden_dim
     # `up` adds up two tiles for swiglu.
     columns = min(max(triton.next_power_of_2(width), 64), 128 if product == "up" else 256)
-    return Blocks(rows, columns, 64, 8, 8 if rows == 128 or product == "hidden_gradient" else 4, 4 if hopper else 3)
+    return Blocks(rows, columns, 64, 8, 8 if rows == 128 or product == "hidden_gradient" else 4, 4 if roomy else 3)

@@ -105,10 +105,10 @@ def hidden_gradient(
     row = first + m
     end = tl.load(offsets + expert)
     exists = row < end
-    last = tl.minimum(row, end - 1)
+    safe_row = tl.minimum(row, end - 1)
     column, d = block * N + tl.arange(0, N), tl.arange(0, STEP)
     fits = column < F
-    of_grad = grad + last.to(tl.int64)[:, None] * D + d[None, :]
+    of_grad = grad + safe_row.to(tl.int64)[:, None] * D + d[None, :]
     of_down = down + expert * stride_e + d.to(tl.int64)[:, None] * stride_d + column.to(tl.int64)[None, :] * stride_f
     d_unit = tl.zeros((M, N), tl.float32)
     for done in range(0, D if NEED_HIDDEN or NEED_WEIGHTS else 0, STEP):
@@ -117,7 +117,7 @@ def hidden_gradient(
         d_unit = dot(left, load(of_down, rest, fits, CHECK_D, CHECK_F), d_unit, PRECISION)
         of_grad += STEP
         of_down += STEP * stride_d
-    weight = tl.load(weights + tl.load(pair_of_row + last)).to(tl.float32)
+    weight = tl.load(weights + tl.load(pair_of_row + safe_row)).to(tl.float32)
     H = 2 * F if ACTIVATION == "swiglu" else F
     start = first.to(tl.int64) * H
     share = tl.zeros((M,), tl.float32)
