@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from himoe.bench import right
+from himoe.bench.clock import race
 from himoe.bench.contestant import CannotRunError
 from himoe.bench.layer import Settings, measure, ours
 from himoe.bench.peers import PEERS, Peer
@@ -32,8 +33,13 @@ def test_every_peer_is_right(name, routing, dtype):
     assert set(row["times"]) == {"loop", name} and 0 < row["times"][name]["error"] <= right.TOLERANCE[dtype]
 
 
-def test_all_routings_of_a_shape_are_timed_in_turns():
-    rows = measure(SHAPE, "fp32", {"uniform": None, "one_hot": None}, settings(peers=["hf_grouped"]))
+def test_all_routings_of_a_shape_are_timed_in_turns(monkeypatch):
+    races = []
+    monkeypatch.setattr("himoe.bench.layer.race", lambda *given, **how: races.append(given) or race(*given, **how))
+    rows = measure(SHAPE, "fp32", {"uniform": None, "one_hot": None}, settings(peers=["hf_grouped"], seconds=0.01))
+    [(steps, seconds)] = races
+    assert set(steps) == {f"{routing} {name}" for routing in ("uniform", "one_hot") for name in ("loop", "hf_grouped")}
+    assert seconds == 0.02  # that of each
     assert [row["routing"] for row in rows] == ["uniform", "one_hot"]
     assert all(row["failed"] == {} and set(row["times"]) == {"loop", "hf_grouped"} for row in rows)
     assert rows[0]["largest_load"] < rows[1]["largest_load"] == SHAPE.num_experts / SHAPE.top_k

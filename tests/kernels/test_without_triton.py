@@ -44,7 +44,7 @@ def test_without_triton_installed_too():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "capability", "hip", "installed", "chosen"),
+    ("dtype", "capability", "hip", "installed", "chosen"),  # no capability: no GPU, the tensors are fake
     [
         (torch.bfloat16, (9, 0), None, True, "triton"),
         (torch.float32, (8, 6), None, True, "triton"),
@@ -52,10 +52,13 @@ def test_without_triton_installed_too():
         (torch.bfloat16, (7, 5), None, True, "grouped"),
         (torch.bfloat16, (9, 0), None, False, "grouped"),
         (torch.bfloat16, (9, 4), "6.2", True, "grouped"),
+        (torch.bfloat16, None, None, True, "grouped"),
     ],
 )
 def test_auto_takes_the_kernels_on_gpus_that_they_are_made_for(monkeypatch, dtype, capability, hip, installed, chosen):
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: capability is not None)
+    if capability:
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
     monkeypatch.setattr("torch.version.hip", hip)
     monkeypatch.setattr("himoe.kernels.triton.installed", lambda: installed)
     with FakeTensorMode():

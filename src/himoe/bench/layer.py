@@ -91,13 +91,9 @@ def measure(
         settings: who and how.
         say: told what is being done.
     """
-    problems: dict[str, Problem] = {}
-    for routing, choice in routings.items():
-        given = choice or routing
-        if problems:
-            problems[routing] = reroute(next(iter(problems.values())), given, seed=settings.seed)
-        else:
-            problems[routing] = make_problem(shape, dtype, given, device=settings.device, seed=settings.seed)
+    (first, given), *others = ((routing, choice or routing) for routing, choice in routings.items())
+    problem = make_problem(shape, dtype, given, device=settings.device, seed=settings.seed)
+    problems = {first: problem, **{name: reroute(problem, other, seed=settings.seed) for name, other in others}}
     fields = {
         routing: _gate(problem, settings, lambda what, routing=routing: say(f"{routing} · {what}"))
         for routing, problem in problems.items()

@@ -78,7 +78,7 @@ def make_problem(shape: Shape, dtype: str, routing: str | Choice, *, device: str
         seed: decides all numbers.
     """
     generator = torch.Generator().manual_seed(seed)
-    choice = routing if isinstance(routing, Choice) else draw_choice(shape, routing, generator)
+    choice = _choose(shape, routing, generator, torch.device(device))
     if device != "cpu":  # whose numbers would take longer than what is measured
         generator = torch.Generator(device).manual_seed(seed)
 
@@ -90,9 +90,9 @@ def make_problem(shape: Shape, dtype: str, routing: str | Choice, *, device: str
         shape=shape,
         dtype=dtype,
         x=draw(tokens, dim).requires_grad_(),
-        expert_ids=choice.expert_ids.to(device),
-        weights=choice.weights.detach().float().to(device).requires_grad_(),
-        kept=torch.ones_like(choice.expert_ids, dtype=torch.bool, device=device),
+        expert_ids=choice.expert_ids,
+        weights=choice.weights,
+        kept=torch.ones_like(choice.expert_ids, dtype=torch.bool),
         up_proj=draw(experts, 2 * hidden, dim, scale=dim**-0.5).requires_grad_(),
         down_proj=draw(experts, dim, hidden, scale=hidden**-0.5).requires_grad_(),
         grad=draw(tokens, dim),
@@ -101,11 +101,14 @@ def make_problem(shape: Shape, dtype: str, routing: str | Choice, *, device: str
 
 def reroute(problem: Problem, routing: str | Choice, *, seed: int = 0) -> Problem:
     """Return the problem on the same memory with another choice, the one that `make_problem` draws for this seed."""
-    generator = torch.Generator().manual_seed(seed)
-    choice = routing if isinstance(routing, Choice) else draw_choice(problem.shape, routing, generator)
-    device = problem.x.device
-    weights = choice.weights.detach().float().to(device).requires_grad_()
-    return replace(problem, expert_ids=choice.expert_ids.to(device), weights=weights)
+    choice = _choose(problem.shape, routing, torch.Generator().manual_seed(seed), problem.x.device)
+    return replace(problem, expert_ids=choice.expert_ids, weights=choice.weights)
+
+
+def _choose(shape: Shape, routing: str | Choice, generator: torch.Generator, device: torch.device) -> Choice:
+    """Return the choice, given or drawn, on the device; its weights are a leaf of their own that wants a gradient."""
+    choice = routing if isinstance(routing, Choice) else draw_choice(shape, routing, generator)
+    return Choice(choice.expert_ids.to(device), choice.weights.detach().float().to(device).requires_grad_())
 
 
 def answer(problem: Problem) -> dict[str, Tensor]:

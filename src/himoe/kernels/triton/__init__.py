@@ -5,8 +5,8 @@
 
 Backward has one kernel for the gradient of hidden, with the activation's backward and the row sums that are the
 gradient of the routing weights in its epilogue, and two products: rows by weights, and rows by rows for the weights'
-gradients. It gathers x and the gradient of y into rows before: on an H200 a sum over rows that gathers by itself took
-a third longer than both, since every step waits for the rows' numbers.
+gradients. It gathers x and the gradient of y into rows before: a sum over rows that gathers by itself waits at every
+step for the rows' numbers.
 Tiles of rows never cross experts; which expert a tile belongs to is worked out on the device, and grids have room for
 the largest possible number of tiles, so the host never waits for a count. No product reads rows of unkept pairs.
 
@@ -36,7 +36,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-@functools.cache
+@functools.cache  # for a package that is not there all of sys.path is looked through
 def _is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
@@ -50,8 +50,10 @@ def installed() -> bool:
 @constant
 def suits(device: torch.device) -> bool:
     """Return whether `auto` takes these kernels on a device: a GPU of NVIDIA of capability 8.0 or more, with triton."""
-    known = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
-    return known and installed()
+    if device.type != "cuda" or torch.version.hip is not None or not installed():
+        return False
+    # a fake tensor is on a GPU that may not be there
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def runs_on(device: torch.device) -> bool:

@@ -72,7 +72,7 @@ def choose(product: str, shape: ShapeClass) -> Blocks:
 
 
 def default(product: str, shape: ShapeClass) -> Blocks:
-    """Return block sizes that fit: in 16-bit dtypes the fastest on an H200 at D 2048, F 768, small ones in fp32."""
+    """Return block sizes that fit: in 16-bit dtypes chosen on an H200 at D 2048, F 768, small ones in fp32."""
     if shape.capability == INTERPRETER:
         return Blocks(16, 16, 32, 2, 4, 1)
     roomy, full = shape.capability[0] in (9, 10), shape.dtype == "float32"
@@ -81,7 +81,7 @@ def default(product: str, shape: ShapeClass) -> Blocks:
     if product == "weight_gradient":
         columns = 256 if min(shape.dim, shape.hidden_dim) >= 256 else 128
         return Blocks(128, columns, 32, 8, 8, 4)
-    # The gradient of hidden has three more numbers at hand for each that it adds up: taller tiles would spill.
+    # The gradient of hidden has three more numbers at hand at its end for each that it adds up.
     rows = min(max(shape.rows, 32), 64 if product == "hidden_gradient" else 128)
     width = shape.dim if product == "rows" else shape.hidden_dim
     # `up` adds up two tiles for swiglu.

@@ -94,8 +94,8 @@ def hidden_gradient(
 ):  # fmt: skip
     """Write the gradient of hidden, the weighted activation again, and d_weight's share of the columns.
 
-    `grad` has one row a pair. The end works on one half of the columns after the other: what it has at hand for all of
-    them does not fit into registers.
+    `grad` has one row a pair. The end works on one half of the columns after the other, to have half as many numbers in
+    registers.
     """
     tile, block = tile_and_column(tl.program_id(0), num_tiles, tl.cdiv(F, N), GROUP)
     expert = tl.load(tiles + 2 * tile).to(tl.int64)
@@ -160,7 +160,7 @@ def weight_gradient(
     m_fits, n_fits = m < height, n < width
     start = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
     end = tl.load(offsets + expert)
-    # From step to step only a scalar moves: addresses of whole tiles in 64 bits cost as much as the products.
+    # From step to step only a scalar moves: no addresses of whole tiles, in 64 bits, are computed anew.
     of_a = a + start.to(tl.int64) * height
     of_b = b + start.to(tl.int64) * width
     place_a, place_b = r[:, None] * height + m[None, :], r[:, None] * width + n[None, :]
