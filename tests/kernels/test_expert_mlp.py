@@ -7,10 +7,12 @@ import torch
 from expert_case import NAMES, assert_equal, make_case, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from himoe.errors import ConfigError
 from himoe.functional import reference
-from himoe.kernels import BACKENDS, choose_backend, expert_mlp, native
+from himoe.functional.dispatch import sort_by_expert
+from himoe.kernels import BACKENDS, choose_backend, expert_mlp, native, sort_pairs
 from himoe.kernels.activation import ACTIVATIONS
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2}
@@ -136,6 +138,57 @@ def test_strides_do_not_matter(backend, dtype):
     assert not any(t.is_contiguous() for t in strided.arguments(dtype))
     result = run(strided, backend=backend, dtype=dtype, upstream=torch.ones(1, 1).expand(6, 8))
     assert_equal(result, expected, TOLERANCE[dtype])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 40), st.integers(1, 6), st.integers(1, 4), st.sampled_from(["all", "some", "none"]), st.booleans()
+)
+def test_native_sorts_pairs_as_the_others_do(tokens, num_experts, k, kept, strided):
+    case = make_case(tokens, 1, 1, num_experts, min(k, num_experts), kept=kept, seed=tokens)
+    ids, chosen = (t.T.contiguous().T if strided else t for t in (case.expert_ids, case.kept))
+    for one, other in zip(
+        sort_pairs("native", ids, chosen, num_experts), sort_by_expert(ids, chosen, num_experts), strict=True
+    ):
+        assert torch.equal(one, other) and one.dtype == other.dtype
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped", "native"])
+def test_ids_in_32_bits_are_as_good(backend):
+    x, ids, *rest = make_case().arguments(torch.float32)
+    expected = expert_mlp(x, ids, *rest, backend=backend)
+    assert torch.equal(expert_mlp(x, ids.int(), *rest, backend=backend), expected)
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped", "native"])
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("wrong", [-1, 5, 2**40])
+def test_an_expert_that_is_not_there_is_refused(backend, kept, wrong):
+    x, ids, weights, chosen, up_proj, down_proj = make_case(num_experts=5).arguments(torch.float32)
+    ids[3, 1], chosen[3, 1] = wrong, kept
+    with pytest.raises((ConfigError, RuntimeError), match=r"not in 0 … 4|out of bounds"):
+        expert_mlp(x, ids, weights, chosen, up_proj, down_proj, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped", "native"])
+def test_arguments_in_each_others_place_are_refused(backend):
+    x, ids, weights, kept, *projections = make_case().arguments(torch.float32)
+    for wrong in ((x, ids, kept, weights), (x, weights, weights, kept), (x, ids, weights, kept.to("meta"))):
+        with pytest.raises((RuntimeError, TypeError)):
+            expert_mlp(*wrong, *projections, backend=backend)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+def test_whoever_watches_operators_sees_the_sort():
+    def sort_by_native(ids, kept):
+        return tuple(sort_pairs("native", ids, kept, 5))
+
+    ids, kept = make_case().expert_ids, make_case().kept
+    for mode in ("real", "fake"):
+        graph = make_fx(sort_by_native, tracing_mode=mode)(ids, kept)
+        assert all(map(torch.equal, graph(ids.flip(0), kept), sort_by_native(ids.flip(0), kept)))
+    traced = torch.jit.trace(sort_by_native, (ids, kept))
+    assert all(map(torch.equal, traced(ids.flip(0), kept), sort_by_native(ids.flip(0), kept)))
 
 
 def test_weights_of_a_finer_dtype_than_the_tokens_keep_it_in_their_gradient():

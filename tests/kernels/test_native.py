@@ -30,7 +30,9 @@ def threads():
 def in_a_process(code, tmp_path, **environment):
     """Run code in a Python of its own with an empty cache; return what it printed."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), **environment}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -172,13 +174,18 @@ import sys
 sys.path.insert(0, {folder!r})
 from himoe.kernels import native, native_build
 native_build.FLAGS = tuple({flags!r} if flag == "-march=native" else flag for flag in native_build.FLAGS)
-from expert_case import assert_equal, make_case, run
+from expert_case import NAMES, assert_equal, make_case, run
 import torch
 for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 4e-2)):
     assert native.available(dtype), native.status(dtype).reason
-    for tokens, width, units in ((9, 37, 21), (200, 37, 21), (300, 40, 131), (150, 261, 16)):
+    for tokens, width, units in ((9, 37, 21), (200, 37, 21), (300, 40, 131), (150, 261, 16), (900, 130, 70)):
         case = make_case(tokens=tokens, width=width, units=units, num_experts=3)
-        assert_equal(run(case, backend="native", dtype=dtype), run(case, backend="loop"), tolerance)
+        result = run(case, backend="native", dtype=dtype)
+        assert_equal(result, run(case, backend="loop"), tolerance)
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            again = run(case, backend="native", dtype=dtype)
+            assert torch.equal(again[0], result[0]) and all(torch.equal(again[1][n], result[1][n]) for n in NAMES)
 """
 
 

@@ -17,8 +17,8 @@ from himoe.balance import step_balancers
 from himoe.bench.clock import race
 from himoe.bench.problem import DTYPES
 from himoe.bench.shapes import Shape
-from himoe.functional.dispatch import sort_by_expert
 from himoe.functional.groups import Groups
+from himoe.kernels import sort_pairs
 from himoe.kernels.loop import sum_pairs
 from himoe.nn import MoE, Router, SwiGLUExperts
 from himoe.presets import hi_moe
@@ -57,11 +57,12 @@ def _steps(shape: Shape, dtype: str, device: str) -> dict[str, Callable[[], obje
     groups = groups_of(experts, top_k)
     plain = flat_router(dim, experts, top_k, []).to(device)
     grouped = hi_moe(dim, experts, top_k, num_groups=groups).to(device)
-    layer = MoE(plain, SwiGLUExperts(experts, dim, shape.hidden_dim).to(device, DTYPES[dtype]))
+    mlps = SwiGLUExperts(experts, dim, shape.hidden_dim).to(device, DTYPES[dtype])
+    layer = MoE(plain, mlps)
     x = torch.randn(shape.tokens, dim, device=device).to(DTYPES[dtype]).requires_grad_()
     grad, grad_weights = torch.randn_like(x), torch.randn(shape.tokens, top_k, device=device)
     routing = plain(x.detach())
-    rows = sort_by_expert(routing.expert_ids, routing.kept, experts)
+    rows = sort_pairs(mlps.kernel, routing.expert_ids, routing.kept, experts)
     token, values = rows.pair_of_row // top_k, x.detach()[rows.pair_of_row // top_k]
     statistics = Statistics([0], Groups.equal(experts, groups), routers=[plain], device=device)
 
@@ -87,7 +88,7 @@ def _steps(shape: Shape, dtype: str, device: str) -> dict[str, Callable[[], obje
         "layer": whole,
         "router": lambda: route(plain),
         "hi_moe": lambda: route(grouped),
-        "dispatch": lambda: sort_by_expert(routing.expert_ids, routing.kept, experts),
+        "dispatch": lambda: sort_pairs(mlps.kernel, routing.expert_ids, routing.kept, experts),
         "combine": lambda: [sum_pairs(values, rows, top_k) for _ in range(2)],
         "gather": lambda: [source[token] for source in (x.detach(), grad, x.detach())],
         "statistics": watch,

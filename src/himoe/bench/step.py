@@ -11,7 +11,7 @@ from himoe.bench.laps import Laps, following
 from himoe.config import Config
 from himoe.data import Corpus
 from himoe.errors import ConfigError
-from himoe.functional.dispatch import sort_by_expert
+from himoe.kernels import sort_pairs
 from himoe.nn import moe_layers
 from himoe.train.loop import Trainer
 from himoe.train.start import build_trainer
@@ -84,7 +84,8 @@ def _sort_seconds(laps: Laps, trainer: Trainer) -> float:
     seconds = 0.0
     for layer in moe_layers(trainer.model):
         routing = laps.routings.get(layer.router)
-        if routing is not None and hasattr(layer.experts, "backend"):
-            sort = (routing.expert_ids, routing.kept, routing.num_experts)
-            seconds += min(time_one(lambda of=sort: sort_by_expert(*of), trainer.device.type)[0] for _ in range(5))
+        kernel = getattr(layer.experts, "kernel", None)  # pools of experts have none
+        if routing is not None and isinstance(kernel, str):
+            sort = (kernel, routing.expert_ids, routing.kept, routing.num_experts)
+            seconds += min(time_one(lambda of=sort: sort_pairs(*of), trainer.device.type)[0] for _ in range(5))
     return seconds * trainer.batches.accumulate

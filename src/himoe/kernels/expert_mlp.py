@@ -45,7 +45,8 @@ def expert_mlp(
             and the GPU is NVIDIA's, of capability 8.0 or more, and else grouped; loop where these cannot run.
 
     Raises:
-        ConfigError: an unknown backend, projections that do not fit x or the activation, or pairs that do not fit x.
+        ConfigError: an unknown backend, projections that do not fit x or the activation, or pairs that do not fit x; of
+            `native` also an id that is no expert's, which torch refuses with an error of its own for the others.
     """
     _check_shapes(x, up_proj, down_proj, activation)
     _check_pairs(x, expert_ids, weights, kept)
@@ -58,7 +59,7 @@ def expert_mlp(
             f"{down_proj.dtype} on {down_proj.device}; all must be the same, or use autocast"
         )
     chosen = choose_backend(backend, x, up_proj, down_proj)
-    rows = sort_by_expert(expert_ids, kept, up_proj.shape[0])
+    rows = sort_pairs(chosen, expert_ids, kept, up_proj.shape[0])
     y, _ = _expert_mlp(x.contiguous(), weights.contiguous(), *rows, up_proj, down_proj, activation, chosen)
     return y
 
@@ -75,6 +76,13 @@ def _fastest(device: torch.device) -> str:
     if device.type == "cpu":
         return "native"
     return "triton" if triton.suits(device) else "grouped"
+
+
+def sort_pairs(
+    backend: str, expert_ids: Int[Tensor, "T K"], kept: Bool[Tensor, "T K"], num_experts: int
+) -> SortedPairs:
+    """Sort the pairs by expert as a backend does it. One that has its own way has a function `sort`."""
+    return getattr(BACKENDS[backend], "sort", sort_by_expert)(expert_ids, kept, num_experts)
 
 
 def backend_status() -> dict[str, str | None]:

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from himoe.errors import KernelError
-from himoe.functional.dispatch import SortedPairs
-from himoe.functional.tracing import constant
+from himoe.errors import ConfigError, KernelError
+from himoe.functional.dispatch import SortedPairs, sort_by_expert
+from himoe.functional.tracing import constant, is_recorded
 from himoe.kernels import caching_allocator, loop, native_build
 from himoe.kernels.activation import ACTIVATIONS
 from himoe.kernels.libtorch import symbol
@@ -30,7 +30,7 @@ POINTERS = (
     *("unit", "d_hidden", "d_weight_of_row", "d_weights", "d_up", "d_down", "scratch"),
 )
 MODES, HALF = {torch.float32: 0, torch.bfloat16: 1}, 2  # `Mode` of csrc/problem.h
-FUNCTIONS = ("half_gemm", "set_blas_threads")
+FUNCTIONS = ("half_gemm", "set_blas_threads", "omp_threads", "set_omp_threads")
 
 
 class _Problem(ctypes.Structure):
@@ -81,7 +81,9 @@ def _load() -> _Kernel | str:
         return str(error)
     for function in (library.himoe_scratch, library.himoe_run):
         function.argtypes = [ctypes.POINTER(_Problem), ctypes.c_int64]
-    library.himoe_scratch.restype = library.himoe_run.restype = ctypes.c_int64
+    library.himoe_sort.argtypes = [ctypes.c_int64] * 2 + [ctypes.c_void_p] * 5
+    for function in (library.himoe_sort, library.himoe_scratch, library.himoe_run):
+        function.restype = ctypes.c_int64
     return _Kernel(library, path)
 
 
@@ -167,6 +169,7 @@ def _run(
     tensors |= {"weights": weights.detach().float(), **rows._asdict()}
     if problem.mode == HALF:
         problem.half_gemm, problem.set_blas_threads = _half_gemm(), symbol("MKL_Set_Num_Threads_Local")
+        problem.omp_threads, problem.set_omp_threads = symbol("omp_get_max_threads"), symbol("omp_set_num_threads")
     for name, tensor in tensors.items():
         setattr(problem, name, None if tensor is None else tensor.data_ptr())
     floats = kernel.library.himoe_scratch(problem, backward)
@@ -183,6 +186,25 @@ def _failure(up: Tensor, down: Tensor, rows: SortedPairs) -> KernelError:
         f"expert_mlp: backend native ran out of memory or failed with up_proj {tuple(up.shape)}, down_proj "
         f"{tuple(down.shape)} and {rows.pair_of_row.numel()} pairs; give it fewer tokens at a time, or take loop"
     )
+
+
+def sort(expert_ids: Tensor, kept: Tensor, num_experts: int) -> SortedPairs:
+    """Do as `sort_by_expert`, by counting in C++ where nobody records it and there is nothing to refuse."""
+    plain = not is_recorded(expert_ids, kept) and expert_ids.shape == kept.shape
+    types = (expert_ids.dtype, kept.dtype, expert_ids.device.type, kept.device.type)
+    kernel = _kernel() if plain and types == (torch.int64, torch.bool, "cpu", "cpu") else None
+    if not isinstance(kernel, _Kernel):
+        return sort_by_expert(expert_ids, kept, num_experts)
+    expert_ids, kept, num_pairs = expert_ids.contiguous(), kept.contiguous(), expert_ids.numel()
+    pair_of_row, row_of_pair = expert_ids.new_empty(num_pairs), expert_ids.new_empty(num_pairs)
+    rows = SortedPairs(pair_of_row, row_of_pair, expert_ids.new_empty(num_experts, dtype=torch.int32))
+    pointers = (tensor.data_ptr() for tensor in (expert_ids, kept, *rows))
+    code = kernel.library.himoe_sort(num_pairs, num_experts, *pointers)
+    if code > 0:
+        raise ConfigError(f"expert_mlp: some of expert_ids are not in 0 … {num_experts - 1}")
+    if code < 0:
+        raise KernelError(f"expert_mlp: backend native ran out of memory with {num_pairs} pairs")
+    return rows
 
 
 def forward(

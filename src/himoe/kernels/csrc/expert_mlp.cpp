@@ -14,6 +14,7 @@
 #endif
 
 #include "layer.h"
+#include "sort.h"
 
 namespace himoe {
 namespace {
@@ -47,6 +48,8 @@ bool run(const Problem& p, bool backward) {
   };
   const auto body = [&](Int thread) {
     const int blas_threads = p.set_blas_threads ? p.set_blas_threads(1) : 0;
+    const int omp_threads = p.omp_threads ? p.omp_threads() : 0;
+    if (p.set_omp_threads) p.set_omp_threads(1);
     const Scratch scratch{p.scratch + thread * scratch_size};
     for (Int i; (i = next_task++) < Int(tasks.size()); --tasks_left) {
       const Task& t = tasks[i];
@@ -66,6 +69,7 @@ bool run(const Problem& p, bool backward) {
     constexpr Int some = 32;
     for (Int t; p.y && (t = next_token.fetch_add(some)) < p.tokens;)
       for (Int token = t; token < std::min(t + some, p.tokens); ++token) layer.combine(token, scratch.at);
+    if (p.set_omp_threads) p.set_omp_threads(omp_threads);
     if (p.set_blas_threads) p.set_blas_threads(blas_threads);
   };
   if (!tasks.empty() || p.tokens > 0) on_threads(p, body);
@@ -78,6 +82,16 @@ bool run(const Problem& p, bool backward) {
 }  // namespace himoe
 
 extern "C" {
+
+// 0, 1 where a pair's expert is not there, or -1 where memory ran out.
+himoe::Int himoe_sort(himoe::Int pairs, himoe::Int experts, const himoe::Int* ids, const bool* kept,
+                      himoe::Int* pair_of_row, himoe::Int* row_of_pair, std::int32_t* offsets) {
+  try {
+    return himoe::sort_by_expert(pairs, experts, ids, kept, pair_of_row, row_of_pair, offsets) ? 0 : 1;
+  } catch (...) {
+    return -1;
+  }
+}
 
 // Floats of scratch that one thread needs; -1: no memory for the list of tasks.
 himoe::Int himoe_scratch(const himoe::Problem* p, himoe::Int backward) {

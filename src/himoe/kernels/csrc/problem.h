@@ -28,7 +28,11 @@ struct Problem {
   void *d_up, *d_down;                   // as up and down, null where not needed
   float* scratch;                        // threads × himoe_scratch(problem) floats, on a cache line
   HalfGemm* half_gemm;
-  int (*set_blas_threads)(int);  // of the calling thread, for half_gemm; may be null
+  // Of the calling thread, in the libraries of half_gemm's; null in other modes, or where they have none. It gets one:
+  // products made for more have other bits, and in a forked child would wait for threads that it has not.
+  int (*set_blas_threads)(int);
+  int (*omp_threads)();
+  void (*set_omp_threads)(int);
 };
 
 }  // namespace himoe
