@@ -42,9 +42,10 @@ def find_compiler() -> str:
     raise BuildError(f"no C++ compiler: {' and '.join(names)} not found")
 
 
-def library_path(name: str, flags: tuple[str, ...] = FLAGS) -> Path:
+def library_path(name: str, flags: tuple[str, ...] | None = None) -> Path:
     """Return the library compiled from `csrc/NAME.cpp`, building it when the cache has none. Raises BuildError."""
     compiler = find_compiler()
+    flags = FLAGS if flags is None else flags
     command = [compiler, str(SOURCE / f"{name}.cpp"), *flags]  # sources before libraries, as linkers want it
     key = f"{name}-{_key(command)}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "himoe"  # noqa: PTH111

@@ -43,7 +43,8 @@ struct Layer {
       const Int row = transposed ? depth : columns;
       p.half_gemm(false, transposed, n, columns, depth, left, depth, weight, row, result, columns);
     } else {
-      multiply_weight(transposed, n, columns, depth, fill, weight, result, scratch.take<float>(weight_floats(n)));
+      float* space = scratch.take<float>(weight_floats(transposed, n, columns, depth));
+      multiply_weight(transposed, n, columns, depth, fill, weight, result, space);
     }
   }
 
@@ -66,7 +67,7 @@ struct Layer {
 
   void forward_tile(const Task& t, Scratch scratch) const {
     if constexpr (!kHalf)
-      if (is_few(t.row1 - t.row0)) return forward_few(t, scratch);
+      if (is_few(p, t.row1 - t.row0)) return forward_few(t, scratch);
     const Int n = t.row1 - t.row0, D = p.width, H = p.rows_up, F = p.units;
     const auto tokens = [&](Int r, Int k, Int some, C* to) { convert(token(x, t.row0 + r) + k, to, some); };
     const auto units = [&](Int r, Int k, Int some, C* to) {
@@ -122,13 +123,14 @@ struct Layer {
       return (of_up ? token(x, row) : unit + (row + t.shift) * p.units) + t.j0;
     };
     if constexpr (std::is_same_v<S, float>) {
-      multiply_transposed(I, J, n, left, right, block, columns, scratch.take<float>(kGradientFloats));
+      const bool large = weight_bytes(p) * p.experts > kL3;
+      multiply_transposed(large, I, J, n, left, right, block, columns, scratch.take<float>(kGradientFloats));
     } else {
       float* sum = scratch.take<float>(I * J);
       if constexpr (kHalf)
         sum_of_halves(I, J, n, left, right, sum, scratch);
       else
-        multiply_transposed(I, J, n, left, right, sum, J, scratch.take<float>(kGradientFloats));
+        multiply_transposed(false, I, J, n, left, right, sum, J, scratch.take<float>(kGradientFloats));
       for (Int i = 0; i < I; ++i) convert(sum + i * J, block + i * columns, J);
     }
   }

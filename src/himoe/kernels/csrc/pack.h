@@ -4,6 +4,9 @@
 #pragma once
 
 #include <algorithm>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 #include "problem.h"
 
@@ -33,6 +36,23 @@ inline Eight load_eight(const bf16* p) {
   Eight value;
   std::memcpy(&value, &bits, sizeof(value));
   return value;
+}
+
+// Writes a vector past the caches to where it is aligned: memory that is written anew as a whole need not be read
+// before. For other threads it is there after finish_streams.
+inline void stream(float* to, Vec value) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, __m512(value));
+#elif defined(__AVX__)
+  _mm256_stream_ps(to, __m256(value));
+#else
+  *reinterpret_cast<Vec*>(to) = value;
+#endif
+}
+inline void finish_streams() {
+#if defined(__AVX__)
+  _mm_sfence();
+#endif
 }
 
 template <int... I>

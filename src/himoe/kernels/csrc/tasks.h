@@ -12,6 +12,8 @@ namespace himoe {
 constexpr Int kHalfDepth = 512;    // rows summed by one bf16 product of a weight gradient
 constexpr Int kSumArea = 1 << 18;  // numbers of a bf16 weight gradient summed in fp32 at a time
 constexpr Int kFewRows = 48;       // so many rows at most become columns in forward, to read weights as they lie
+constexpr Int kL2 = 1 << 21;       // bytes about of an L2 cache: of larger weights any tile's rows become columns
+constexpr Int kL3 = 1 << 25;       // bytes about of an L3 cache, a core's share: larger gradients are written past it
 
 constexpr Int kLeastRows = 96, kMostRows = 252;  // of a usual tile; kDepth numbers of the most are a quarter of a MiB
 
@@ -25,7 +27,12 @@ struct Task {
   Int i0 = 0, i1 = 0, j0 = 0, j1 = 0;  // block of the expert's weight gradient
 };
 
-inline bool is_few(Int rows) { return rows <= kFewRows; }
+inline Int weight_bytes(const Problem& p) { return (p.rows_up + p.units) * p.width * Int(sizeof(float)); }
+
+// Whether forward reads an expert's weights as they lie, for so many rows, instead of packing them.
+inline bool is_few(const Problem& p, Int rows) {
+  return rows <= kFewRows || (p.mode == kSingle && weight_bytes(p) > kL2);
+}
 
 inline bool is_tile(const Task& t) { return t.kind == kForwardTile || t.kind == kBackwardTile; }
 
@@ -135,10 +142,12 @@ inline Int scratch_floats(const Problem& p, const std::vector<Task>& tasks) {
     Int floats = 0;
     if (t.kind == kUpGrad || t.kind == kDownGrad) {
       floats = half ? std::min(kHalfDepth, n) * (I + J) + 2 * I * J : kGradientFloats + (widened ? I * J : 0);
-    } else if (t.kind == kForwardTile && !half && is_few(n)) {
+    } else if (t.kind == kForwardTile && !half && is_few(p, n)) {
       floats = round_up(n, kPanel) * (D + H) + n * F;
     } else if (is_tile(t)) {
-      floats = (half ? n * std::max({D, H, F}) : weight_floats(n)) + (widened ? n * (D + H) : 0);
+      const bool forward = t.kind == kForwardTile;
+      const Int of_weights = std::max(weight_floats(forward, n, F, D), weight_floats(forward, n, D, H));
+      floats = (half ? n * std::max({D, H, F}) : of_weights) + (widened ? n * (D + H) : 0);
       if (t.kind == kBackwardTile) floats += (n + 1) * F + (widened || p.d_hidden ? 0 : n * H);
     }
     most = std::max(most, floats);
