@@ -187,6 +187,7 @@ def test_whoever_watches_operators_sees_the_sort():
     for mode in ("real", "fake"):
         graph = make_fx(sort_by_native, tracing_mode=mode)(ids, kept)
         assert all(map(torch.equal, graph(ids.flip(0), kept), sort_by_native(ids.flip(0), kept)))
+    assert all(map(torch.equal, torch.func.functionalize(sort_by_native)(ids, kept), sort_by_native(ids, kept)))
     traced = torch.jit.trace(sort_by_native, (ids, kept))
     assert all(map(torch.equal, traced(ids.flip(0), kept), sort_by_native(ids.flip(0), kept)))
 

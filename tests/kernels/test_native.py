@@ -47,7 +47,7 @@ LARGE = {
     "tiles of the most rows": {"tokens": 2300, "num_experts": 3, "k": 2, "width": 40, "units": 72},
     "larger than caches": {"tokens": 700, "num_experts": 16, "k": 1, "spread": "few", "width": 1040, "units": 176},
     "larger than caches, odd": {"tokens": 700, "num_experts": 16, "k": 1, "spread": "few", "width": 1043, "units": 179},
-    "wide rows of long sums": {"tokens": 400, "num_experts": 2, "k": 1, "width": 300, "units": 523},
+    "wide rows of long sums": {"tokens": 400, "num_experts": 2, "k": 1, "width": 300, "units": 1301},
     "gelu": {"tokens": 900, "num_experts": 4, "k": 2, "activation": "gelu", "width": 33, "units": 129},
     "relu": {"tokens": 900, "num_experts": 4, "k": 2, "activation": "relu", "width": 129, "units": 33},
     "relu2": {"tokens": 900, "num_experts": 4, "k": 2, "activation": "relu2", "width": 129, "units": 33},
@@ -179,10 +179,14 @@ from himoe.kernels import native, native_build
 native_build.FLAGS = tuple({flags!r} if flag == "-march=native" else flag for flag in native_build.FLAGS)
 from expert_case import NAMES, assert_equal, make_case, run
 import torch
+from himoe.kernels import loop
+loop.multiplies_bf16 = {multiplies_bf16}
+SMALL = [(9, 37, 21, 3), (200, 37, 21, 3), (300, 40, 131, 3), (150, 261, 16, 3)]
+SIZES = [*SMALL, (900, 130, 70, 3), (600, 1040, 176, 16)]
 for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 4e-2)):
     assert native.available(dtype), native.status(dtype).reason
-    for tokens, width, units in ((9, 37, 21), (200, 37, 21), (300, 40, 131), (150, 261, 16), (900, 130, 70)):
-        case = make_case(tokens=tokens, width=width, units=units, num_experts=3)
+    for tokens, width, units, num_experts in SIZES:
+        case = make_case(tokens=tokens, width=width, units=units, num_experts=num_experts, kept="all")
         result = run(case, backend="native", dtype=dtype)
         assert_equal(result, run(case, backend="loop"), tolerance)
         for threads in (1, 2, 5):
@@ -194,17 +198,31 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 4e-2)):
 
 @needs_kernel
 @pytest.mark.parametrize(
-    ("compiler", "flags"),
-    [("clang++", "-march=native"), ("", "-march=x86-64-v2"), ("clang++", "-march=x86-64-v2")],
-    ids=["Clang", "without AVX", "Clang, without AVX"],
+    ("compiler", "flags", "multiplies_bf16"),
+    [
+        ("clang++", "-march=native", "loop.multiplies_bf16"),
+        ("", "-march=x86-64-v3", "lambda: False"),
+        ("", "-march=x86-64-v2", "lambda: False"),
+        ("clang++", "-march=x86-64-v2", "lambda: False"),
+    ],
+    ids=["Clang", "AVX2", "without AVX", "Clang, without AVX"],
 )
-def test_other_compilers_and_other_vectors(compiler, flags, tmp_path):
+def test_other_compilers_and_other_vectors(compiler, flags, multiplies_bf16, tmp_path):
     if compiler and not shutil.which(compiler):
         pytest.skip(f"no {compiler}")
     if "x86" in flags and platform.machine() != "x86_64":
         pytest.skip("another processor")
-    code = ELSEWHERE.format(folder=str(Path(__file__).parent), flags=flags)
+    code = ELSEWHERE.format(folder=str(Path(__file__).parent), flags=flags, multiplies_bf16=multiplies_bf16)
     in_a_process(code, tmp_path, **({"CXX": compiler} if compiler else {}))
+
+
+def test_other_flags_give_another_library(tmp_path, monkeypatch):
+    """Or the test above would compile the same library each time."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native_build, "_compile", lambda command, built: built.write_text(" ".join(command)) and built)
+    first = native_build.library_path("expert_mlp")
+    monkeypatch.setattr(native_build, "FLAGS", (*native_build.FLAGS, "-g"))
+    assert native_build.library_path("expert_mlp") != first
 
 
 def test_it_can_be_switched_off(tmp_path):

@@ -50,8 +50,9 @@ def test_few_rows_are_the_reference_and_threads_change_no_bit(name, dtype, toler
 
 @needs_kernel
 @pytest.mark.parametrize("tokens", [1, 7, 48, 49, 97, 130])
-def test_what_a_token_becomes_does_not_depend_on_how_many_there_are(tokens):
-    case = make_case(tokens=400, width=600, units=520, num_experts=1, k=1, kept="all")
+@pytest.mark.parametrize(("width", "units"), [(600, 520), (300, 264), (1040, 72)])
+def test_what_a_token_becomes_does_not_depend_on_how_many_there_are(tokens, width, units):
+    case = make_case(tokens=400, width=width, units=units, num_experts=1, k=1, kept="all")
     whole, whole_grads = run(case, backend="native", dtype=torch.float32, upstream=case.x)
     for name in ("x", "weights", "expert_ids", "kept"):
         setattr(case, name, getattr(case, name)[:tokens])

@@ -5,7 +5,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -20,10 +19,10 @@ def constant(function: Function) -> Function:
 
 
 def is_recorded(*tensors: Tensor) -> bool:
-    """Return whether somebody may see what is done with these tensors: they must not be changed past torch's operators.
+    """Return whether somebody may see what is done with these tensors, so that all must go through torch's operators.
 
-    That is a compiler, a tracer, a mode such as a counter of FLOPs, or the tensors' own class.
+    That is a compiler, a tracer, a transform of functions, a mode that counts FLOPs, say, or the tensors' own class.
     """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or is_in_torch_dispatch_mode():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch._C._are_functorch_transforms_active():
         return True
-    return any(type(tensor) is not Tensor for tensor in tensors)
+    return torch._C._len_torch_dispatch_stack() > 0 or any(type(tensor) is not Tensor for tensor in tensors)

@@ -45,8 +45,8 @@ def expert_mlp(
             and the GPU is NVIDIA's, of capability 8.0 or more, and else grouped; loop where these cannot run.
 
     Raises:
-        ConfigError: an unknown backend, projections that do not fit x or the activation, or pairs that do not fit x; of
-            `native` also an id that is no expert's, which torch refuses with an error of its own for the others.
+        ConfigError: an unknown backend, projections that do not fit x or the activation, or pairs that do not fit x.
+        ConfigError, IndexError or RuntimeError: an id that is no expert's, by who finds it: `native` or torch.
     """
     _check_shapes(x, up_proj, down_proj, activation)
     _check_pairs(x, expert_ids, weights, kept)

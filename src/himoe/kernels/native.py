@@ -31,6 +31,7 @@ POINTERS = (
 )
 MODES, HALF = {torch.float32: 0, torch.bfloat16: 1}, 2  # `Mode` of csrc/problem.h
 FUNCTIONS = ("half_gemm", "set_blas_threads", "omp_threads", "set_omp_threads")
+TORCH_THREADS = "_ZN2at15get_num_threadsEv"  # at::get_num_threads()
 
 
 class _Problem(ctypes.Structure):
@@ -169,7 +170,7 @@ def _run(
     tensors |= {"weights": weights.detach().float(), **rows._asdict()}
     if problem.mode == HALF:
         problem.half_gemm, problem.set_blas_threads = _half_gemm(), symbol("MKL_Set_Num_Threads_Local")
-        problem.omp_threads, problem.set_omp_threads = symbol("omp_get_max_threads"), symbol("omp_set_num_threads")
+        problem.omp_threads, problem.set_omp_threads = symbol(TORCH_THREADS), symbol("omp_set_num_threads")
     for name, tensor in tensors.items():
         setattr(problem, name, None if tensor is None else tensor.data_ptr())
     floats = kernel.library.himoe_scratch(problem, backward)
@@ -189,7 +190,7 @@ def _failure(up: Tensor, down: Tensor, rows: SortedPairs) -> KernelError:
 
 
 def sort(expert_ids: Tensor, kept: Tensor, num_experts: int) -> SortedPairs:
-    """Do as `sort_by_expert`, by counting in C++ where nobody records it and there is nothing to refuse."""
+    """Do as `sort_by_expert`: by counting in C++, where nobody records it and these are what it takes, else just so."""
     plain = not is_recorded(expert_ids, kept) and expert_ids.shape == kept.shape
     types = (expert_ids.dtype, kept.dtype, expert_ids.device.type, kept.device.type)
     kernel = _kernel() if plain and types == (torch.int64, torch.bool, "cpu", "cpu") else None

@@ -47,8 +47,8 @@ bool run(const Problem& p, bool backward) {
     while (left > 0) std::this_thread::yield();
   };
   const auto body = [&](Int thread) {
+    const int omp_threads = p.omp_threads ? p.omp_threads() : 0;  // torch's; asked the first time, it sets both
     const int blas_threads = p.set_blas_threads ? p.set_blas_threads(1) : 0;
-    const int omp_threads = p.omp_threads ? p.omp_threads() : 0;
     if (p.set_omp_threads) p.set_omp_threads(1);
     const Scratch scratch{p.scratch + thread * scratch_size};
     for (Int i; (i = next_task++) < Int(tasks.size()); --tasks_left) {

@@ -1,9 +1,10 @@
 // Products on one thread, in fp32; operands that lie in memory as bf16 are widened where they are packed.
 //
 // A product is cut as BLIS does: kDepth numbers of every sum at a time, a panel of B (two vectors wide) in the L1
-// cache, rows of A in the L2 cache. One microkernel, in the vector extensions of GCC and Clang, keeps 6 rows of C by
-// two vectors in registers. Why not BLAS: packing is one with what has to be done anyway (gathering tokens, activation,
-// widening); what that is worth stands in docs/results/layer.md.
+// cache, rows of A in the L2 cache; where A is a weight that is read as it lies, panels of B are in the L2 cache. One
+// microkernel, in the vector extensions of GCC and Clang, keeps 6 rows of C by two vectors in registers. Why not BLAS:
+// packing is one with what has to be done anyway (gathering tokens, activation, widening); what that is worth stands in
+// docs/results/layer.md.
 
 #pragma once
 
@@ -11,10 +12,10 @@
 
 namespace himoe {
 
-constexpr Int kDepth = 256;  // numbers of a sum at a time: with AVX2 a panel of them is half of an L1 cache
+constexpr Int kDepth = 256;       // numbers of a sum at a time: with AVX2 a panel of them is half of an L1 cache
 constexpr Int kLongDepth = 1024;  // the same where A is a weight that is read as it lies: long pieces of few rows
-constexpr Int kWide = 256;   // columns of B packed at a time
-constexpr Int kStrip = 96;   // columns of a transposed A packed at a time
+constexpr Int kWide = 256;        // columns of B packed at a time
+constexpr Int kStrip = 96;        // columns of a transposed A packed at a time
 
 // Where a product goes: C = A B, C + A B, or C = A B past the caches, for a C of whole cache lines.
 enum class Into { kNew, kSum, kStream };
@@ -165,8 +166,8 @@ void multiply_columns(Int m, Int columns, Int depth, const T* weight, const floa
   }
 }
 
-// C (m, columns) = Aᵀ B for rows left(0) … left(depth - 1) of A and right(0) … of B; past the caches if `large`, the sum
-// has one part and C's rows are whole cache lines.
+// C (m, columns) = Aᵀ B for rows left(0) … left(depth - 1) of A and right(0) … of B; past the caches if C is part of
+// something `large`, the sum has one part and C's rows are whole cache lines.
 template <class LeftAt, class RightAt>
 void multiply_transposed(bool large, Int m, Int columns, Int depth, const LeftAt& left, const RightAt& right, float* c,
                          Int c_row, float* scratch) {

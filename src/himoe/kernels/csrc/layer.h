@@ -49,7 +49,7 @@ struct Layer {
   }
 
   // As forward_tile, on the transposes: hiddenᵀ = up·xᵀ and outᵀ = down·unitᵀ, which read a weight as it lies.
-  void forward_few(const Task& t, Scratch scratch) const {
+  void forward_columns(const Task& t, Scratch scratch) const {
     const Int n = t.row1 - t.row0, D = p.width, H = p.rows_up, F = p.units;
     const Int padded = round_up(n, kPanel), columns = round_up(n, kLanes);
     float* outer = scratch.take<float>(padded * D);  // xᵀ, then outᵀ
@@ -67,7 +67,7 @@ struct Layer {
 
   void forward_tile(const Task& t, Scratch scratch) const {
     if constexpr (!kHalf)
-      if (is_few(p, t.row1 - t.row0)) return forward_few(t, scratch);
+      if (takes_columns(p, t.row1 - t.row0)) return forward_columns(t, scratch);
     const Int n = t.row1 - t.row0, D = p.width, H = p.rows_up, F = p.units;
     const auto tokens = [&](Int r, Int k, Int some, C* to) { convert(token(x, t.row0 + r) + k, to, some); };
     const auto units = [&](Int r, Int k, Int some, C* to) {
@@ -123,7 +123,8 @@ struct Layer {
       return (of_up ? token(x, row) : unit + (row + t.shift) * p.units) + t.j0;
     };
     if constexpr (std::is_same_v<S, float>) {
-      const bool large = weight_bytes(p) * p.experts > kL3;
+      const Int numbers = p.experts * p.width * (p.need_up * p.rows_up + p.need_down * p.units);
+      const bool large = numbers * Int(sizeof(float)) > kL3;
       multiply_transposed(large, I, J, n, left, right, block, columns, scratch.take<float>(kGradientFloats));
     } else {
       float* sum = scratch.take<float>(I * J);

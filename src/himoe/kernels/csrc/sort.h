@@ -8,7 +8,8 @@
 
 namespace himoe {
 
-// Pairs of one expert keep their order; those that are not kept come last. Returns whether every pair's expert is there.
+// Pairs of one expert keep their order; those that are not kept come last. Returns whether every pair's expert is
+// there.
 inline bool sort_by_expert(Int pairs, Int experts, const Int* ids, const bool* kept, Int* pair_of_row,
                            Int* row_of_pair, std::int32_t* offsets) {
   std::vector<Int> next(experts + 1);  // the row of each expert's next pair; before, how many it has

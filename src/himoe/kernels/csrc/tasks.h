@@ -12,8 +12,9 @@ namespace himoe {
 constexpr Int kHalfDepth = 512;    // rows summed by one bf16 product of a weight gradient
 constexpr Int kSumArea = 1 << 18;  // numbers of a bf16 weight gradient summed in fp32 at a time
 constexpr Int kFewRows = 48;       // so many rows at most become columns in forward, to read weights as they lie
-constexpr Int kL2 = 1 << 21;       // bytes about of an L2 cache: of larger weights any tile's rows become columns
-constexpr Int kL3 = 1 << 25;       // bytes about of an L3 cache, a core's share: larger gradients are written past it
+constexpr Int kColumns = 1 << 21;  // numbers at most of a tile with more rows that becomes columns
+constexpr Int kL2 = 1 << 21;       // bytes of an L2 cache, about; of larger weights other tiles become columns, too
+constexpr Int kL3 = 1 << 25;       // bytes that are surely no longer in a core's caches when the optimizer reads them
 
 constexpr Int kLeastRows = 96, kMostRows = 252;  // of a usual tile; kDepth numbers of the most are a quarter of a MiB
 
@@ -29,9 +30,13 @@ struct Task {
 
 inline Int weight_bytes(const Problem& p) { return (p.rows_up + p.units) * p.width * Int(sizeof(float)); }
 
-// Whether forward reads an expert's weights as they lie, for so many rows, instead of packing them.
-inline bool is_few(const Problem& p, Int rows) {
-  return rows <= kFewRows || (p.mode == kSingle && weight_bytes(p) > kL2);
+inline Int column_floats(const Problem& p, Int rows) {
+  return round_up(rows, kPanel) * (p.width + p.rows_up) + rows * p.units;
+}
+
+// Whether forward takes a tile's rows as columns, which reads the weights as they lie, instead of packing weights.
+inline bool takes_columns(const Problem& p, Int rows) {
+  return rows <= kFewRows || (p.mode == kSingle && weight_bytes(p) > kL2 && column_floats(p, rows) <= kColumns);
 }
 
 inline bool is_tile(const Task& t) { return t.kind == kForwardTile || t.kind == kBackwardTile; }
@@ -142,8 +147,8 @@ inline Int scratch_floats(const Problem& p, const std::vector<Task>& tasks) {
     Int floats = 0;
     if (t.kind == kUpGrad || t.kind == kDownGrad) {
       floats = half ? std::min(kHalfDepth, n) * (I + J) + 2 * I * J : kGradientFloats + (widened ? I * J : 0);
-    } else if (t.kind == kForwardTile && !half && is_few(p, n)) {
-      floats = round_up(n, kPanel) * (D + H) + n * F;
+    } else if (t.kind == kForwardTile && !half && takes_columns(p, n)) {
+      floats = column_floats(p, n);
     } else if (is_tile(t)) {
       const bool forward = t.kind == kForwardTile;
       const Int of_weights = std::max(weight_floats(forward, n, F, D), weight_floats(forward, n, D, H));
