@@ -75,6 +75,8 @@ def test_sums_over_groups_are_the_plain_loops(num_experts, num_groups, seed, equ
     torch.testing.assert_close(groups.sum(values), by_hand)
     torch.testing.assert_close(groups.log_sum(values), groups.sum(values.exp()).log())
     torch.testing.assert_close(groups.shares(values), values.exp() / groups.expand(groups.sum(values.exp())))
+    squares = groups.shares(values).square()
+    torch.testing.assert_close(groups.concentration(values), groups.sum(squares))
     expanded = groups.expand(by_hand)
     for g, group in enumerate(groups.members):
         for e in group:

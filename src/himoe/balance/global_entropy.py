@@ -19,7 +19,7 @@ from torch import Tensor
 
 from himoe.balance.base import Balancer
 from himoe.errors import ConfigError
-from himoe.functional.losses import log_probabilities
+from himoe.functional.losses import probabilities
 from himoe.functional.masked import masked_mean
 from himoe.types import Routing
 
@@ -49,7 +49,7 @@ class GlobalEntropy(Balancer):
 
     def losses(self, routing: Routing) -> dict[str, Float[Tensor, ""]]:
         """Return the weighted loss of this layer; 0 without real tokens."""
-        mean = masked_mean(log_probabilities(routing, self.source).exp(), routing.context.mask)
+        mean = masked_mean(probabilities(routing, self.source), routing.context.mask)
         entropy = torch.special.entr(mean.clamp(min=torch.finfo(mean.dtype).tiny)).sum()  # its slope at 0 is infinite
         lack = (math.log(self.experts or mean.numel()) - entropy).clamp(min=0) * (mean.sum() > 0)
         return {"global_entropy": self.weight * lack}

@@ -18,7 +18,7 @@ from torch import Tensor
 from himoe.balance.base import Balancer
 from himoe.errors import ConfigError
 from himoe.functional.gate_losses import potential_slope
-from himoe.functional.losses import log_probabilities
+from himoe.functional.losses import probabilities
 from himoe.functional.masked import masked_mean, masked_sum, token_count
 from himoe.types import Routing
 
@@ -59,15 +59,15 @@ class Phi(Balancer):
 
     def losses(self, routing: Routing) -> dict[str, Float[Tensor, ""]]:
         """Return the weighted loss of this layer."""
-        mean = masked_mean(log_probabilities(routing, self.source).exp(), routing.context.mask)
+        mean = masked_mean(probabilities(routing, self.source), routing.context.mask)
         slope = potential_slope(self.mean_probabilities.to(mean.dtype))
         return {"phi": self.weight * (mean * slope).sum()}
 
     def observe(self, routing: Routing) -> None:
         """Sum the probabilities of real tokens."""
-        probabilities, mask = log_probabilities(routing, self.source).exp().to(torch.float64), routing.context.mask
-        self.accumulate("probabilities", masked_sum(probabilities, mask))
-        self.accumulate("tokens", token_count(probabilities, mask))
+        p, mask = probabilities(routing, self.source).to(torch.float64), routing.context.mask
+        self.accumulate("probabilities", masked_sum(p, mask))
+        self.accumulate("tokens", token_count(p, mask))
 
     def step(self) -> None:
         """Move the running mean once; a step that saw no token leaves it as it is."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from himoe.balance.base import Balancer
 from himoe.errors import ConfigError
-from himoe.functional.losses import log_probabilities
+from himoe.functional.losses import probabilities
 from himoe.functional.masked import masked_mean
 from himoe.types import Routing
 
@@ -42,6 +42,6 @@ class ScoreVariance(Balancer):
 
     def losses(self, routing: Routing) -> dict[str, Float[Tensor, ""]]:
         """Return the weighted loss of this layer; 0 without real tokens."""
-        p, mask = log_probabilities(routing, self.source).exp(), routing.context.mask
+        p, mask = probabilities(routing, self.source), routing.context.mask
         variance = masked_mean((p - masked_mean(p, mask)).square(), mask)
         return {"score_variance": -self.weight * variance.mean()}

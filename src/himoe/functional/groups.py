@@ -99,12 +99,25 @@ class Groups:
     def shares(self, log_values: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
         """Divide each value by its group's sum, from logarithms; right where the sum itself underflows."""
         if self.is_equal:
-            return log_values.unflatten(-1, (self.num_groups, -1)).softmax(-1).flatten(-2)
+            return self._shares_by_member(log_values).movedim(0, -1).flatten(-2)
         columns = [numbers_on(log_values.device, members) for members in self.members]
         shares = torch.cat([log_values[..., members].softmax(-1) for members in columns], dim=-1)
         order = [e for group in self.members for e in group]
         place = tuple(sorted(range(self.num_experts), key=order.__getitem__))  # of every expert in that order
         return shares[..., numbers_on(log_values.device, place)]
+
+    def _shares_by_member(self, log_values: Float[Tensor, "*batch S*G"]) -> Float[Tensor, "S *batch G"]:
+        """Return the shares in equal groups, laid out so that a sum over a group's few experts runs along the tokens.
+
+        Vectors are as wide as 16 numbers: over a last dimension of fewer, torch computes a softmax one by one.
+        """
+        return log_values.unflatten(-1, (self.num_groups, -1)).movedim(-1, 0).contiguous().softmax(0)
+
+    def concentration(self, log_values: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch G"]:
+        """Add up the squared shares in each group, from logarithms: between 1/S_g and 1."""
+        if self.is_equal:
+            return self._shares_by_member(log_values).square().sum(0)
+        return self.sum(self.shares(log_values).square())
 
     def expand(self, values: Float[Tensor, "*batch G"]) -> Float[Tensor, "*batch E"]:
         """Give every expert the value of its group."""

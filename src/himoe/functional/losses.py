@@ -45,6 +45,14 @@ def log_probabilities(routing: Routing, source: str) -> Float[Tensor, "T E"]:
     return log_scores - log_scores.logsumexp(-1, keepdim=True)
 
 
+def probabilities(routing: Routing, source: str) -> Float[Tensor, "T E"]:
+    """Return p over all E experts, without the way through logarithms; `source` as for `log_probabilities`."""
+    if source == "raw":
+        return routing.logits.softmax(-1)
+    scores = routing.scores.clamp(min=torch.finfo(routing.scores.dtype).tiny)
+    return scores / scores.sum(-1, keepdim=True)
+
+
 def load_balance(
     routing: Routing, source: str = "corrected", counts: Int[Tensor, " E"] | None = None
 ) -> Float[Tensor, ""]:
@@ -61,9 +69,9 @@ def load_balance(
     mask = routing.context.mask
     if counts is None:
         counts = selected_load(routing)
-    probabilities = log_probabilities(routing, source).exp()
-    fractions = counts.to(probabilities.dtype) / counts.sum().clamp(min=1)
-    return routing.num_experts * (fractions * masked_mean(probabilities, mask)).sum()
+    p = probabilities(routing, source)
+    fractions = counts.to(p.dtype) / counts.sum().clamp(min=1)
+    return routing.num_experts * (fractions * masked_mean(p, mask)).sum()
 
 
 def sequence_load_balance(routing: Routing, source: str = "corrected") -> Float[Tensor, ""]:
@@ -73,16 +81,16 @@ def sequence_load_balance(routing: Routing, source: str = "corrected") -> Float[
     """
     shape, mask, num_experts = routing.context.batch_shape, routing.context.mask, routing.num_experts
     length = max(shape[-1], 1) if shape else 1
-    probabilities = log_probabilities(routing, source).exp()
+    p = probabilities(routing, source)
     if mask is not None:
-        probabilities = probabilities.where(mask[:, None], 0)
-    real = torch.ones_like(probabilities[:, 0]) if mask is None else mask.to(probabilities.dtype)
+        p = p.where(mask[:, None], 0)
+    real = torch.ones_like(p[:, 0]) if mask is None else mask.to(p.dtype)
     sequence = torch.arange(real.shape[0], device=real.device) // length
     num_sequences = -(-real.shape[0] // length)
     cell = sequence[:, None] * num_experts + routing.expert_ids
     counts = count_pairs(cell, routing.selected, num_sequences * num_experts).view(num_sequences, num_experts)
     fractions = counts.to(real.dtype) / counts.sum(-1, keepdim=True).clamp(min=1)
-    sums = probabilities.new_zeros(num_sequences, num_experts).index_add(0, sequence, probabilities)
+    sums = p.new_zeros(num_sequences, num_experts).index_add(0, sequence, p)
     tokens = real.new_zeros(num_sequences).index_add(0, sequence, real)
     values = num_experts * (fractions * sums / tokens.clamp(min=1)[:, None]).sum(-1)
     return values.sum() / (tokens > 0).sum().clamp(min=1)
@@ -108,8 +116,7 @@ def intra_global(log_p: Float[Tensor, "T E"], routing: Routing, groups: Groups) 
 
 def intra_group_conditional(log_p: Float[Tensor, "T E"], routing: Routing, groups: Groups) -> Float[Tensor, ""]:
     """Mean over tokens and groups of C_g, between 1/S and 1."""
-    concentration = groups.sum(groups.shares(log_p).square())
-    return masked_mean(concentration.mean(-1), routing.context.mask)
+    return masked_mean(groups.concentration(log_p).mean(-1), routing.context.mask)
 
 
 def intra_entropy(log_p: Float[Tensor, "T E"], routing: Routing, groups: Groups) -> Float[Tensor, ""]:  # noqa: ARG001
