@@ -34,7 +34,7 @@ def test_the_default_is_the_default_recipe(capsys):
 def test_a_plan_says_all_that_its_json_says(capsys):
     lines = {line.split("  ")[0]: line for line in printed(capsys, "lm_demo").splitlines()}
     assert lines["experts"].split() == ["experts", "4.719M", "1.180M", "49.7%", "2.359", "MFLOP", "42.7%"]
-    assert lines["all"].split()[1:] == ["186.3", "MiB", "(dp", "1,", "ep", "1,", "4", "sequences", "at", "once)"]
+    assert lines["all"].split()[1:] == ["186.0", "MiB", "(dp", "1,", "ep", "1,", "4", "sequences", "at", "once)"]
     assert lines["FLOPs of a token"].endswith(
         "16.59 MFLOP = 5.530 MFLOP forward + 11.06 MFLOP backward, 256 tokens seen"
     )

@@ -109,7 +109,7 @@ class Groups:
     def _shares_by_member(self, log_values: Float[Tensor, "*batch S*G"]) -> Float[Tensor, "S *batch G"]:
         """Return the shares in equal groups, laid out so that a sum over a group's few experts runs along the tokens.
 
-        Vectors are as wide as 16 numbers: over a last dimension of fewer, torch computes a softmax one by one.
+        On a CPU a softmax over a last dimension that is shorter than a vector takes ten times as long.
         """
         return log_values.unflatten(-1, (self.num_groups, -1)).movedim(-1, 0).contiguous().softmax(0)
 

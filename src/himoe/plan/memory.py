@@ -220,7 +220,7 @@ def _outputs(network: Network) -> int:
 
 def _routing(part: Experts) -> int:
     """Return the bytes of a token's scores, in the router and in its losses, and of its choice, about."""
-    return 4 * FP32 * part.num_experts + part.top_k * (INT64 + 1 + 5 * FP32)
+    return 3 * FP32 * part.num_experts + part.top_k * (INT64 + 1 + 5 * FP32)
 
 
 def _full_layer(layer: Layer, dim: int, size: int) -> int:  # noqa: ARG001
