@@ -62,7 +62,8 @@ def _steps(shape: Shape, dtype: str, device: str) -> dict[str, Callable[[], obje
     x = torch.randn(shape.tokens, dim, device=device).to(DTYPES[dtype]).requires_grad_()
     grad, grad_weights = torch.randn_like(x), torch.randn(shape.tokens, top_k, device=device)
     routing = plain(x.detach())
-    rows = sort_pairs(mlps.kernel, routing.expert_ids, routing.kept, experts)
+    kernel = mlps.kernel
+    rows = sort_pairs(kernel, routing.expert_ids, routing.kept, experts)
     token, values = rows.pair_of_row // top_k, x.detach()[rows.pair_of_row // top_k]
     statistics = Statistics([0], Groups.equal(experts, groups), routers=[plain], device=device)
 
@@ -88,7 +89,7 @@ def _steps(shape: Shape, dtype: str, device: str) -> dict[str, Callable[[], obje
         "layer": whole,
         "router": lambda: route(plain),
         "hi_moe": lambda: route(grouped),
-        "dispatch": lambda: sort_pairs(mlps.kernel, routing.expert_ids, routing.kept, experts),
+        "dispatch": lambda: sort_pairs(kernel, routing.expert_ids, routing.kept, experts),
         "combine": lambda: [sum_pairs(values, rows, top_k) for _ in range(2)],
         "gather": lambda: [source[token] for source in (x.detach(), grad, x.detach())],
         "statistics": watch,
